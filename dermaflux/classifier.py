@@ -1,0 +1,154 @@
+"""A lesion photograph -> a calibrated probability of malignancy, a label, and a decision.
+
+Pre-processing is timm's evaluation transform without torch; the graph gives logits; a temperature
+makes them probabilities; the bundle's threshold and abstention band make a decision. All of these
+numbers travel in `bundle.json`.
+
+    >>> Classifier.open("bundles/mini").classify([decode_upload(data)])
+    [Prediction(label='benign', probability=0.08, threshold=0.31, decision='benign', ...)]
+
+The command is `python -m dermaflux classify`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dermaflux.bundle import Bundle, ClassifierSpec
+from dermaflux.engines import Choice, Engine, choose, load
+from dermaflux.errors import BundleError, EngineError
+from dermaflux.flow import Floats
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the classifier says of one picture.
+
+    `probability` is of malignancy, 0 to 1; `label` compares it with `threshold`; `decision` is the
+    label, or `abstain` where the probability is within the band in which it is not to be trusted.
+    """
+
+    label: str
+    probability: float
+    threshold: float
+    decision: str
+    logits: tuple[float, ...]
+
+
+class Classifier:
+    """A classifier over one engine. Safe to use from several threads at once."""
+
+    def __init__(
+        self,
+        spec: ClassifierSpec,
+        engine: Engine,
+        max_batch: int = 8,
+        choice: Choice | None = None,
+    ) -> None:
+        self.spec = spec
+        self.engine = engine
+        self.choice = choice
+        self._max_batch = max_batch
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | str | os.PathLike[str],
+        engine: str | None = None,
+        precision: str | None = None,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        threads: int | None = None,
+    ) -> Classifier:
+        """The classifier of a bundle.
+
+        Raises:
+            BundleError: the bundle cannot be opened, or has no classifier.
+            EngineError: an engine cannot be had.
+        """
+        if not isinstance(bundle, Bundle):
+            bundle = Bundle.open(bundle)
+        if bundle.classifier is None:
+            raise BundleError(
+                f"the bundle {bundle.name} has no classifier; add one to the checkpoint "
+                "(classifier/) and export again"
+            )
+        choice = choose(bundle, "classifier", engine, precision)
+        weights = None if checkpoint is None else Path(checkpoint)
+        loaded = load(bundle, choice, checkpoint=weights, threads=threads)
+        return cls(bundle.classifier, loaded, bundle.limits.max_batch, choice)
+
+    def classify(self, images: Sequence[Image.Image]) -> list[Prediction]:
+        """One prediction per RGB picture, in order, in batches of the bundle's `max_batch`.
+
+        Raises:
+            EngineError: the engine failed, or gave numbers that are not finite.
+        """
+        predictions: list[Prediction] = []
+        for start in range(0, len(images), self._max_batch):
+            chunk = images[start : start + self._max_batch]
+            pixels = np.stack([preprocess(image, self.spec) for image in chunk])
+            logits = self.engine.run({"pixel_values": pixels})["logits"]
+            if not np.isfinite(logits).all():
+                raise EngineError(
+                    f"{self.engine.name} in {self.engine.precision} gave logits that are not "
+                    "finite; try another precision"
+                )
+            predictions += [predict(row, self.spec) for row in logits]
+        return predictions
+
+
+def preprocess(image: Image.Image, spec: ClassifierSpec) -> Floats:
+    """An RGB picture -> float32 [3, H, W], normalised.
+
+    The shorter side is resized to the input's over `crop_pct`, the centre is cut out.
+    Source: `timm.data.transforms_factory.transforms_imagenet_eval` with crop mode "center".
+    """
+    _, height, width = spec.input_size
+    target = tuple(math.floor(side / spec.crop_pct) for side in (height, width))
+    image = image.convert("RGB").resize(
+        _resized(image.size, *target), Image.Resampling[spec.interpolation.upper()]
+    )
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
+    shares = np.asarray(image, dtype=np.float32) / np.float32(255)
+    mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
+    return np.ascontiguousarray(((shares - mean) / std).transpose(2, 0, 1))
+
+
+def predict(logits: Floats, spec: ClassifierSpec) -> Prediction:
+    """Logits [classes] -> a prediction. The band is half open: low <= probability < high."""
+    scaled = logits.astype(np.float64) / spec.temperature
+    shares = np.exp(scaled - scaled.max())
+    probability = float(shares[spec.classes.index("malignant")] / shares.sum())
+    label = "malignant" if probability >= spec.threshold else "benign"
+    low, high = spec.abstain
+    return Prediction(
+        label=label,
+        probability=probability,
+        threshold=spec.threshold,
+        decision="abstain" if low <= probability < high else label,
+        logits=tuple(float(value) for value in logits),
+    )
+
+
+def _resized(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Width and height after resizing, the shape kept, so that `height` x `width` fits inside.
+
+    timm takes torchvision's `Resize` for square inputs, which cuts the longer side down, and its
+    own `ResizeKeepRatio` for others, which rounds both.
+    """
+    have_width, have_height = size
+    if height == width:
+        longer = int(height * max(size) / min(size))
+        return (height, longer) if have_width <= have_height else (longer, height)
+    ratio = min(have_height / height, have_width / width)
+    return round(have_width / ratio), round(have_height / ratio)

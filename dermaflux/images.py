@@ -1,0 +1,132 @@
+"""Pictures in and out: uploads decoded with suspicion, generated images written with their marks.
+
+A generated image says in itself that it is synthetic (the IPTC digital source type, in XMP) and how
+to make it again (`dermaflux.*` texts). Both are metadata: any program that saves the picture anew
+may drop them.
+
+    >>> data = encode_png(pixels, pipeline.record(request))
+    >>> read_marks(data)["dermaflux.seed"]
+    '7'
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin
+
+from dermaflux.errors import ImageError
+
+FORMATS: Final = ("JPEG", "PNG", "WEBP")
+MIN_SIDE: Final = 16
+"""Pixels. Nothing can be said of a smaller picture; it is a spacer or a test."""
+
+SOURCE_TYPE: Final = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+"""IPTC's word for media made by a trained model."""
+NOTICE: Final = "Synthetic image, not a photograph; research use"
+
+_XMP_KEY: Final = "XML:com.adobe.xmp"
+_XMP: Final = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about=""
+    xmlns:dc="http://purl.org/dc/elements/1.1/"
+    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+    Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}">
+   <dc:description><rdf:Alt>
+    <rdf:li xml:lang="x-default">{NOTICE}</rdf:li>
+   </rdf:Alt></dc:description>
+  </rdf:Description>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="r"?>"""
+
+
+def decode_upload(data: bytes, max_pixels: int = 40_000_000) -> Image.Image:
+    """An uploaded JPEG, PNG or WebP as an upright RGB picture; transparency is put over white.
+
+    Raises:
+        ImageError: another format, damaged or cut off, animated, with a side under 16 pixels or
+            of more than `max_pixels`; the header is read before any pixel is.
+    """
+    if not data:
+        raise ImageError("the picture is empty")
+    # Pillow raises a dozen kinds of exception on hostile bytes, struct.error and SyntaxError among
+    # them, and every one of them means the same to the person who sent the file.
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"the picture has too many pixels; use at most {max_pixels}") from error
+    except Exception as error:
+        raise ImageError("the file is not a JPEG, PNG or WebP picture") from error
+    with picture:
+        width, height = picture.size
+        if width * height > max_pixels:
+            raise ImageError(
+                f"the picture has {width} x {height} pixels; use at most {max_pixels} in all"
+            )
+        if min(width, height) < MIN_SIDE:
+            raise ImageError(
+                f"the picture has {width} x {height} pixels; use at least {MIN_SIDE} a side"
+            )
+        # Phones write a JPEG with a depth or gain map as several frames (MPO): the first is it.
+        if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+            raise ImageError("the picture is animated; send a single frame")
+        try:
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture))
+        except Exception as error:
+            raise ImageError("the picture is damaged or cut off") from error
+
+
+def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
+    """A PNG of uint8 [height, width, 3], marked as synthetic, with `text` as `dermaflux.<key>`."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_itxt(f"dermaflux.{key}", value)
+    info.add_itxt("Description", NOTICE)
+    info.add_itxt(_XMP_KEY, _XMP)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def read_marks(data: bytes) -> dict[str, str]:
+    """The marks of a PNG that `encode_png` wrote: `dermaflux.*`, `Description` and, where the XMP
+    packet names one, `DigitalSourceType`. Empty for any other PNG.
+
+    Raises:
+        ImageError: it is not a PNG.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            picture.load()
+            texts: dict[str, Any] = {str(key): value for key, value in picture.info.items()}
+    except Exception as error:
+        raise ImageError("the file is not a PNG picture") from error
+    marks = {
+        key: str(value)
+        for key, value in texts.items()
+        if key.startswith("dermaflux.") or key == "Description"
+    }
+    packet = texts.get(_XMP_KEY, texts.get("xmp", ""))
+    packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else str(packet)
+    found = re.search(r'Iptc4xmpExt:DigitalSourceType="([^"]+)"', packet)
+    return {**marks, "DigitalSourceType": found[1]} if found else marks
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion cuts everything above 255 to white.
+        grey: NDArray[Any] = np.asarray(picture).astype(np.int64) >> 8
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        layers = picture.convert("RGBA")
+        paper = Image.new("RGBA", layers.size, "white")
+        return Image.alpha_composite(paper, layers).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,201 @@
+"""A part in torch -> an ONNX graph of standard operators, in fp32.
+
+`torch.onnx.export(dynamo=True)` at opset 23, the first with RotaryEmbedding, Attention and
+RMSNormalization: a Flux block is then a few dozen nodes that engines have kernels for, where opset
+20 spells them out.
+
+Two things of diffusers' transformer are said in other words before tracing, with equal results
+(the tests compare): positions are computed in float32 instead of float64, which most engines do
+not have, and rotation is the operator RotaryEmbedding instead of stacked slices.
+
+    >>> trace(eager.module(Path("models/mini"), "transformer"), inputs, Path("model.onnx"))
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+import onnx_ir
+import torch
+from onnx_ir.passes import common
+from torch import nn
+from torch.nn import functional
+
+from export.shapes import AXES, Arrays
+
+OPSET: Final = 23
+INLINE_BYTES: Final = 1_900_000_000
+"""A protobuf file ends at 2 GiB; weights beyond this go to a file of their own beside the graph."""
+
+
+class RotaryAngles(nn.Module):
+    """Positions [S, axes] -> cosines and sines [S, head size / 2], in float32.
+
+    Source: `diffusers.models.transformers.transformer_flux.FluxPosEmbed`, which computes angles in
+    float64. Positions are small whole numbers and frequencies are rounded once, so an angle is
+    off by at most 64 * 2**-24 = 4e-6 at 1024 pixels.
+    """
+
+    def __init__(self, theta: int, axes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.axes = axes
+        for axis, size in enumerate(axes):
+            exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
+            self.register_buffer(f"frequencies_{axis}", (theta**-exponents).float())
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.cat(
+            [
+                ids[:, axis, None] * self.get_buffer(f"frequencies_{axis}")
+                for axis in range(len(self.axes))
+            ],
+            dim=-1,
+        )
+        return angles.cos(), angles.sin()
+
+
+class RotaryAttention:
+    """An attention processor of Flux that rotates with the operator RotaryEmbedding.
+
+    Source: `diffusers.models.transformers.transformer_flux.FluxAttnProcessor`.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        assert attention_mask is None
+        assert image_rotary_emb is not None
+        query, key, value = (
+            _heads(linear(hidden_states), attn.head_dim)
+            for linear in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if encoder_hidden_states is not None:
+            text_query, text_key, text_value = (
+                _heads(linear(encoder_hidden_states), attn.head_dim)
+                for linear in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            )
+            query = torch.cat([attn.norm_added_q(text_query), query], dim=2)
+            key = torch.cat([attn.norm_added_k(text_key), key], dim=2)
+            value = torch.cat([text_value, value], dim=2)
+        # RotaryEmbedding wants angles per item of the batch.
+        cos, sin = (angle.expand(query.shape[0], -1, -1) for angle in image_rotary_emb)
+        query = torch.onnx.ops.rotary_embedding(query, cos, sin, interleaved=True)
+        key = torch.onnx.ops.rotary_embedding(key, cos, sin, interleaved=True)
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        mixed = mixed.transpose(1, 2).flatten(2, 3)
+        if encoder_hidden_states is None:
+            return mixed
+        length = encoder_hidden_states.shape[1]
+        image = attn.to_out[1](attn.to_out[0](mixed[:, length:]))
+        return image, attn.to_add_out(mixed[:, :length])
+
+
+def trace(part: nn.Module, inputs: Arrays, graph: Path, inline_bytes: int = INLINE_BYTES) -> None:
+    """Write the graph of a part, with inputs, outputs and free axes named as in `AXES`.
+
+    `part` has `.inputs` and `.outputs`, the names of its tensors in order; it is changed. `inputs`
+    are example arrays; no size of a free axis of theirs gets into the graph. Weights of more than
+    `inline_bytes` in all go to `<graph>.data`.
+    """
+    _restate(part)
+    names: tuple[str, ...] = part.inputs  # type: ignore[assignment]
+    outputs: tuple[str, ...] = part.outputs  # type: ignore[assignment]
+    free = tuple({axis: torch.export.Dim.DYNAMIC for axis in AXES[name]} or None for name in names)
+    with _quiet():
+        program = torch.onnx.export(
+            part,
+            tuple(torch.from_numpy(inputs[name]) for name in names),
+            dynamo=True,
+            dynamic_shapes=free,
+            input_names=list(names),
+            output_names=list(outputs),
+            opset_version=OPSET,
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    _write(_tidy(program.model), graph, inline_bytes)
+
+
+def _restate(part: nn.Module) -> None:
+    """Put the two modules above into a Flux transformer."""
+    from diffusers import FluxTransformer2DModel
+
+    model = part.model
+    if isinstance(model, FluxTransformer2DModel):
+        model.pos_embed = RotaryAngles(model.pos_embed.theta, tuple(model.pos_embed.axes_dim))
+        model.set_attn_processor(RotaryAttention())
+
+
+def _heads(states: torch.Tensor, size: int) -> torch.Tensor:
+    """[B, S, heads * size] -> [B, heads, S, size]."""
+    batch, length, width = states.shape
+    return states.view(batch, length, width // size, size).transpose(1, 2)
+
+
+def _tidy(model: onnx_ir.Model) -> onnx_ir.Model:
+    """Name nodes and weights after the modules they come from; say everything once."""
+    taken = {node.name for node in model.graph}
+    for node in model.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        # A printed Python list: the scopes from the outermost to the node itself.
+        scope = scopes.strip("[]").replace("'", "").split(", ")[-2:-1]
+        module = scope[0].removeprefix("model.") if scope else ""
+        if node.op_type in ("MatMul", "Gemm") and module and module not in taken:
+            node.name = module
+            taken.add(module)
+            weight = node.inputs[1]
+            # The exporter transposes the weights of a MatMul once, and numbers the result.
+            if weight is not None and weight.is_initializer() and len(weight.uses()) == 1:
+                _rename(model.graph, weight, f"{module}.weight")
+    for value in tuple(model.graph.initializers.values()):
+        _rename(model.graph, value, str(value.name).removeprefix("model."))
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.shape is not None
+        for axis, name in AXES[str(value.name)].items():
+            value.shape[axis] = name
+    # Metadata holds stack traces, and with them the paths of the machine that exported.
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        step(model)
+    return model
+
+
+def _rename(graph: onnx_ir.Graph, weight: onnx_ir.Value, name: str) -> None:
+    if name not in graph.initializers:
+        graph.initializers.pop(str(weight.name))
+        weight.name = name
+        graph.initializers[name] = weight
+
+
+def _write(model: onnx_ir.Model, graph: Path, inline_bytes: int) -> None:
+    weights = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    external = f"{graph.name}.data" if weights > inline_bytes else None
+    onnx_ir.save(model, str(graph), external_data=external)
+    onnx.checker.check_model(str(graph), full_check=True)
+
+
+class _quiet(warnings.catch_warnings):
+    """The exporter warns of internals of its own and of axis names, which are set afterwards."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        return entered

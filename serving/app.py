@@ -1,0 +1,166 @@
+"""The ASGI app: routes, page and headers over a pipeline, a classifier and their card.
+
+Knows nothing of BentoML and opens nothing, so a test runs it over fake engines; `serving.service`
+opens a bundle and puts the app behind BentoML.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from dermaflux.classifier import Classifier
+from dermaflux.pipeline import Pipeline
+from serving.card import ModelCard
+from serving.classify import Classifying
+from serving.generate import Generation
+from serving.metrics import Metrics
+from serving.openapi import document
+from serving.replies import Refusal, error_response, request_id
+from serving.settings import Settings
+from serving.worker import Worker
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+STATIC = Path(__file__).parent / "static"
+SYSTEM_PATHS = ("/livez", "/healthz", "/readyz", "/metrics", "/schema.json")
+"""Answered by BentoML before the app is asked; what reaches the app there has a wrong method."""
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' blob:; object-src 'none'; base-uri 'none'; "
+        "form-action 'self'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(
+    pipeline: Pipeline,
+    classifier: Classifier | None,
+    card: ModelCard,
+    settings: Settings,
+    registry: CollectorRegistry,
+) -> Starlette:
+    """The app over parts that are ready to run; its `state.close()` ends what still runs."""
+    metrics = Metrics(registry)
+    # One generation at a time: it takes every core. Classification is short and must not wait
+    # behind one.
+    drawing, scoring = (
+        Worker(
+            name, threads=1, waiting=settings.waiting, deadline_seconds=settings.deadline_seconds
+        )
+        for name in ("generate", "classify")
+    )
+    generation = Generation(pipeline, drawing, metrics, settings)
+    classifying = Classifying(classifier, card.bundle, scoring, metrics, settings)
+    openapi = document(card)
+
+    async def send_document(_: Request) -> Response:
+        return JSONResponse(openapi)
+
+    async def send_card(_: Request) -> Response:
+        return JSONResponse(card.model_dump())
+
+    async def send_page(_: Request) -> Response:
+        return FileResponse(STATIC / "index.html")
+
+    async def not_routed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException), "registered for HTTPException alone"
+        if error.status_code == 404 and request.url.path in SYSTEM_PATHS:
+            error = HTTPException(405, headers={"Allow": "GET, HEAD"})
+        metrics.request("other", error.status_code)
+        return error_response(request, error)
+
+    def close() -> None:
+        drawing.close()
+        scoring.close()
+
+    # Bounds the memory of bodies being read, before any queue is asked.
+    door = asyncio.Semaphore(settings.open_requests)
+
+    def route(path: str, endpoint: Endpoint, method: str) -> Route:
+        return Route(path, _answering(path, endpoint, metrics, door), methods=[method])
+
+    app = Starlette(
+        routes=[
+            route("/v1/generate", generation.image, "POST"),
+            route("/v1/generate/stream", generation.stream, "POST"),
+            route("/v1/classify", classifying.photograph, "POST"),
+            route("/v1/model", send_card, "GET"),
+            route("/openapi.json", send_document, "GET"),
+            route("/", send_page, "GET"),
+            Mount("/static", StaticFiles(directory=STATIC)),
+        ],
+        middleware=[Middleware(_SecurityHeaders)],
+        exception_handlers={HTTPException: not_routed},
+    )
+    # A redirect to the address without the slash would be one more form of reply.
+    app.router.redirect_slashes = False
+    app.state.close = close
+    return app
+
+
+def paths() -> frozenset[str]:
+    """Every path that can answer with something else than 404."""
+    files = {f"/static/{file.relative_to(STATIC).as_posix()}" for file in STATIC.rglob("*.*")}
+    ours = {"/", "/openapi.json", "/v1/model", "/v1/generate", "/v1/generate/stream"}
+    return frozenset({*files, *ours, "/v1/classify", *SYSTEM_PATHS})
+
+
+def _answering(
+    path: str, endpoint: Endpoint, metrics: Metrics, door: asyncio.Semaphore
+) -> Endpoint:
+    """`endpoint` whose failures are replies in our form, with a request id, and counted."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            if door.locked():
+                crowded = "Too many requests are being answered; come back in a second."
+                raise Refusal(429, "busy", crowded, headers={"Retry-After": "1"})
+            async with door:
+                response = await endpoint(request)
+            response.headers["X-Request-ID"] = request_id(request)
+        except Exception as error:
+            response = error_response(request, error)
+        metrics.request(path, response.status_code)
+        return response
+
+    return answer
+
+
+class _SecurityHeaders:
+    """Adds `SECURITY_HEADERS` to every reply. Plain ASGI, so streams pass as they are."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(SECURITY_HEADERS)
+                # Without a word browsers keep files of the page as long as they please.
+                headers.setdefault("Cache-Control", "no-cache")
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)

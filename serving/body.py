@@ -1,0 +1,120 @@
+"""Request bodies, read within a limit: a declared length is checked first, a chunked one counted.
+
+A photograph may be a patient's, so it stays in memory: nothing here writes a temporary file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from serving.replies import Refusal
+from serving.schema import GenerateRequest, first_fault
+
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
+# Not a registered type, but common; what the bytes are is decided by the bytes.
+_IMAGE_ALIASES = (*IMAGE_TYPES, "image/jpg")
+
+
+async def read_generate_request(request: Request, limit: int, seconds: float) -> GenerateRequest:
+    """Read and check the JSON body of a generation.
+
+    Raises:
+        Refusal: 415 not JSON by its type, 413 too long, 408 too slow, 400 not JSON,
+            422 a field is wrong.
+    """
+    if _media_type(request.headers.get("content-type", "")) != "application/json":
+        raise Refusal(
+            415,
+            "unsupported_media_type",
+            "Send JSON, with Content-Type: application/json.",
+        )
+    body = await _read(request, limit, seconds)
+    try:
+        return GenerateRequest.model_validate_json(body)
+    except ValidationError as error:
+        message, field = first_fault(error)
+        if error.errors(include_input=False)[0]["type"] == "json_invalid":
+            raise Refusal(400, "invalid_json", message) from None
+        raise Refusal(422, "invalid_request", message, field=field) from None
+
+
+async def read_image(request: Request, limit: int, seconds: float) -> bytes:
+    """Read the image file of a classification: the body itself, or the form's file `image`.
+
+    Raises:
+        Refusal: 415 neither an image nor a form by its type, 413 too long, 408 too slow,
+            400 empty or not one file named `image`.
+    """
+    content_type = request.headers.get("content-type", "")
+    kind = _media_type(content_type)
+    if kind == "multipart/form-data":
+        data = await _one_file(request, await _read(request, limit, seconds))
+    elif kind in _IMAGE_ALIASES:
+        data = await _read(request, limit, seconds)
+    else:
+        raise _unsupported_image()
+    if not data:
+        raise Refusal(400, "invalid_image", "image: the file is empty.", field="image")
+    return data
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def _unsupported_image() -> Refusal:
+    return Refusal(
+        415,
+        "unsupported_media_type",
+        f"Send the image file itself with Content-Type {', '.join(IMAGE_TYPES)}, "
+        "or a form with one file field named image.",
+        field="image",
+    )
+
+
+async def _read(request: Request, limit: int, seconds: float) -> bytes:
+    too_large = Refusal(413, "body_too_large", f"The body is longer than {limit:,} bytes.")
+    declared = request.headers.get("content-length", "")
+    # Longer digit strings than int() converts are refused as well, by their length alone.
+    if len(declared) > 18 or (declared.isdecimal() and int(declared) > limit):
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise Refusal(
+            408, "slow_upload", f"The body did not arrive within {seconds:g} seconds."
+        ) from None
+    return bytes(body)
+
+
+class _InMemory(MultiPartParser):
+    # The body was read within its limit already, so no part can be longer than that.
+    spool_max_size = 1 << 62
+
+
+async def _one_file(request: Request, body: bytes) -> bytes:
+    async def whole() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    needed = "The form needs exactly one field, a file named image."
+    try:
+        form = await _InMemory(request.headers, whole(), max_files=1, max_fields=0).parse()
+    except MultiPartException:
+        raise Refusal(400, "invalid_request", needed, field="image") from None
+    file = form.get("image")
+    if not isinstance(file, UploadFile):
+        raise Refusal(400, "invalid_request", needed, field="image")
+    if _media_type(file.content_type or "") not in _IMAGE_ALIASES:
+        raise _unsupported_image()
+    return await file.read()

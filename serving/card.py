@@ -1,0 +1,145 @@
+"""The model card: what serves here, from what it was made, under which licences, how well it runs.
+
+`GET /v1/model` returns it, the page builds its form from it, and the routes take from it what they
+must know of a bundle, so that a test can hand in a card without a bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import BaseModel
+
+from dermaflux.bundle import Bundle
+from dermaflux.engines import Choice
+from dermaflux.prompt import DIAGNOSES, VOCABULARY
+from serving.settings import Settings
+
+NOTICE = (
+    "Research use only; not a medical device. Generated images are synthetic, show no person, "
+    "and are marked as such. A classification is no diagnosis."
+)
+
+
+class LicenceCard(BaseModel):
+    """The licence of one ingredient."""
+
+    name: str
+    licence: str
+    attribution: str
+
+
+class DefaultsCard(BaseModel):
+    """What a request gets that does not say otherwise."""
+
+    steps: int
+    guidance: float | None
+    height: int
+    width: int
+
+
+class LimitsCard(BaseModel):
+    """What a request may ask for; sizes are pixels of each side."""
+
+    min_size: int
+    max_size: int
+    size_multiple: int
+    max_steps: int
+    max_upload_bytes: int
+    deadline_seconds: float
+    waiting: int
+
+
+class RejectedEngine(BaseModel):
+    """An engine that was not taken, and why."""
+
+    name: str
+    why: str
+
+
+class EngineCard(BaseModel):
+    """Which engine runs a part, in which precision, and why."""
+
+    part: str
+    engine: str
+    precision: str
+    reason: str
+    rejected: list[RejectedEngine]
+
+
+class ClassifierCard(BaseModel):
+    """How a probability becomes a decision."""
+
+    classes: list[str]
+    threshold: float
+    abstain: tuple[float, float]
+    temperature: float
+    input_size: tuple[int, int, int]
+
+
+class ModelCard(BaseModel):
+    """All that the service says of itself."""
+
+    name: str
+    bundle: str
+    created: str
+    made_by: str
+    notice: str = NOTICE
+    licences: list[LicenceCard]
+    provenance: dict[str, Any]
+    defaults: DefaultsCard
+    limits: LimitsCard
+    wording: str
+    text_length: int
+    vocabulary: dict[str, list[str]] = {name: list(words) for name, words in VOCABULARY.items()}
+    diagnoses: dict[str, str | None] = dict(DIAGNOSES)
+    engines: list[EngineCard]
+    parity: dict[str, Any]
+    classifier: ClassifierCard | None
+
+
+def card_of(bundle: Bundle, choices: Iterable[Choice], settings: Settings) -> ModelCard:
+    """The card of an opened bundle whose parts run as `choices` say."""
+    spec = bundle.classifier
+    return ModelCard(
+        name=bundle.name,
+        bundle=bundle.id,
+        created=bundle.created,
+        made_by=bundle.made_by,
+        licences=[LicenceCard(**asdict(licence)) for licence in bundle.licences],
+        provenance=dict(bundle.provenance),
+        defaults=DefaultsCard(**asdict(bundle.defaults)),
+        limits=LimitsCard(
+            min_size=bundle.limits.min_size,
+            max_size=bundle.limits.max_size,
+            size_multiple=bundle.limits.size_multiple,
+            max_steps=bundle.limits.max_steps,
+            max_upload_bytes=settings.max_upload_bytes,
+            deadline_seconds=settings.deadline_seconds,
+            waiting=settings.waiting,
+        ),
+        wording=bundle.wording,
+        text_length=bundle.model.text_length,
+        engines=[
+            EngineCard(
+                part=choice.part,
+                engine=choice.engine,
+                precision=choice.precision,
+                reason=choice.reason,
+                rejected=[RejectedEngine(name=name, why=why) for name, why in choice.rejected],
+            )
+            for choice in choices
+        ],
+        parity=asdict(bundle.parity),
+        classifier=None
+        if spec is None
+        else ClassifierCard(
+            classes=list(spec.classes),
+            threshold=spec.threshold,
+            abstain=spec.abstain,
+            temperature=spec.temperature,
+            input_size=spec.input_size,
+        ),
+    )

@@ -1,0 +1,71 @@
+"""`POST /v1/classify`: one photograph in, a calibrated probability and a decision out.
+
+Reading the file is done in the thread as well: a large JPEG takes longer than the network does.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Literal, cast
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from dermaflux.classifier import Classifier, Prediction
+from dermaflux.images import decode_upload
+from serving.body import read_image
+from serving.metrics import Metrics
+from serving.replies import Refusal
+from serving.schema import Classification
+from serving.settings import Settings
+from serving.worker import Job, Worker
+
+
+class Classifying:
+    """The route over one classifier, or over none where the bundle has none."""
+
+    def __init__(
+        self,
+        classifier: Classifier | None,
+        bundle: str,
+        worker: Worker,
+        metrics: Metrics,
+        settings: Settings,
+    ) -> None:
+        self._classifier = classifier
+        self._bundle = bundle
+        self._worker = worker
+        self._metrics = metrics
+        self._settings = settings
+
+    async def photograph(self, request: Request) -> Response:
+        """The answer as JSON, see `serving.schema.Classification`."""
+        if self._classifier is None:
+            raise Refusal(
+                404, "no_classifier", "This bundle has no classifier; serve one that has."
+            )
+        classifier = self._classifier
+        data = await read_image(
+            request, self._settings.max_upload_bytes, self._settings.deadline_seconds
+        )
+        job = self._worker.submit(lambda job: self._score(classifier, data, job))
+        prediction = await job.result()
+        self._metrics.decision(prediction.decision)
+        answer = Classification(
+            label=cast(Literal["benign", "malignant"], prediction.label),
+            probability=prediction.probability,
+            threshold=prediction.threshold,
+            abstain=classifier.spec.abstain,
+            decision=cast(Literal["benign", "malignant", "abstain"], prediction.decision),
+            bundle=self._bundle,
+        )
+        return JSONResponse(answer.model_dump(), headers={"Cache-Control": "no-store"})
+
+    def _score(self, classifier: Classifier, data: bytes, job: Job[Prediction]) -> Prediction:
+        """The work itself; runs in the worker's thread."""
+        self._metrics.took("wait", time.monotonic() - job.created)
+        with self._metrics.timed("read_image"):
+            image = decode_upload(data)
+        with self._metrics.timed("classify"):
+            (prediction,) = classifier.classify([image])
+        return prediction

@@ -1,0 +1,74 @@
+"""Prometheus metrics of our own, beside BentoML's: by route and stage, with bounded labels.
+
+Labels are route templates, status codes, stages and outcomes; never a path, a prompt or a seed.
+Made at start-up, not at import: with several workers prometheus_client has to see the folder
+that BentoML names in the worker's environment.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+Stage = Literal["wait", "generate", "write_png", "read_image", "classify"]
+Outcome = Literal["done", "cancelled", "deadline", "failed"]
+
+# From a classified photograph on a GPU to a large image on a CPU.
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+
+
+class Metrics:
+    """Counters and histograms in one registry; a test hands in its own."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "dermaflux_requests_total",
+            "Requests by route template and status.",
+            ["route", "status"],
+            registry=registry,
+        )
+        self._stages = Histogram(
+            "dermaflux_stage_seconds",
+            "Time spent in one stage of a request.",
+            ["stage"],
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self._generations = Counter(
+            "dermaflux_generations_total", "Generations by outcome.", ["outcome"], registry=registry
+        )
+        self._decisions = Counter(
+            "dermaflux_decisions_total",
+            "Classifications by decision; a drift here is a reason to look.",
+            ["decision"],
+            registry=registry,
+        )
+
+    def request(self, route: str, status: int) -> None:
+        """Count one reply of the route template `route`."""
+        self._requests.labels(route, str(status)).inc()
+
+    def took(self, stage: Stage, seconds: float) -> None:
+        """Record the duration of one stage."""
+        self._stages.labels(stage).observe(seconds)
+
+    def generation(self, outcome: Outcome) -> None:
+        """Count one generation that began."""
+        self._generations.labels(outcome).inc()
+
+    def decision(self, decision: str) -> None:
+        """Count one classification."""
+        self._decisions.labels(decision).inc()
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Record how long the block takes, also when it raises."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.took(stage, time.monotonic() - start)

@@ -1,0 +1,116 @@
+"""The one form of our errors, and the only place that turns an exception into a reply.
+
+    {"error": {"code": "invalid_request", "message": "steps: ...", "field": "steps",
+               "request_id": "..."}}
+
+`code` is stable and meant for programs, `message` is a sentence for a person. Anything expected is
+a 4xx (or 504 past the deadline); the rest is a 500 whose traceback goes to the log alone, under
+the request id.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Mapping
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from dermaflux.errors import Cancelled, ImageError, RequestError
+from serving.schema import ErrorCode, ErrorDetail, ErrorReply
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+"""Nobody reads this status: it is for the metrics and the log."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Refusal(Exception):
+    """An expected failure that already knows its reply."""
+
+    def __init__(
+        self,
+        status: int,
+        code: ErrorCode,
+        message: str,
+        *,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.field = field
+        self.headers = dict(headers or {})
+
+
+def request_id(request: Request) -> str:
+    """The caller's `X-Request-ID` if it is harmless in a log, else a new one; one per request."""
+    if not hasattr(request.state, "request_id"):
+        given = request.headers.get("x-request-id", "")
+        request.state.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return str(request.state.request_id)
+
+
+def refusal(error: Exception) -> Refusal:
+    """What to tell the client about `error`; an unexpected one gives a 500 without details."""
+    match error:
+        case Refusal():
+            return error
+        case RequestError():
+            return Refusal(422, "invalid_request", str(error), field=error.field)
+        case ImageError():
+            return Refusal(400, "invalid_image", f"image: {error}", field="image")
+        case Cancelled() | ClientDisconnect():
+            return Refusal(CLIENT_LEFT, "cancelled", "The request was cancelled by its sender.")
+        case HTTPException(status_code=404):
+            return Refusal(
+                404, "not_found", "There is nothing at this address; see /openapi.json for all."
+            )
+        case HTTPException(status_code=405):
+            allowed = (error.headers or {}).get("Allow", "")
+            return Refusal(
+                405,
+                "method_not_allowed",
+                f"This address does not take the method used; use {allowed}.",
+                headers={"Allow": allowed},
+            )
+        case HTTPException() if error.status_code < 500:
+            return Refusal(error.status_code, "invalid_request", error.detail)
+    return Refusal(
+        500, "internal", "Something failed here; the log of the service has it under this id."
+    )
+
+
+def error_reply(request: Request, error: Exception) -> ErrorReply:
+    """The JSON form of `error`; logs it first where it was not expected."""
+    told = refusal(error)
+    if told.code == "internal":
+        logger.error("request %s failed", request_id(request), exc_info=error)
+    return ErrorReply(
+        error=ErrorDetail(
+            code=told.code,
+            message=_sentence(str(told)),
+            field=told.field,
+            request_id=request_id(request),
+        )
+    )
+
+
+def error_response(request: Request, error: Exception) -> Response:
+    """The HTTP reply for `error`."""
+    told = refusal(error)
+    return JSONResponse(
+        error_reply(request, error).model_dump(exclude_none=True),
+        status_code=told.status,
+        headers={**told.headers, "X-Request-ID": request_id(request), "Cache-Control": "no-store"},
+    )
+
+
+def _sentence(text: str) -> str:
+    return text.removesuffix(".") + "."

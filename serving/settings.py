@@ -1,0 +1,98 @@
+"""What an operator may set: one frozen dataclass, read from `DERMAFLUX_*` variables at start-up.
+
+Environment variables, since that is what containers and service files hand over. Nothing is read
+at import, an unknown or senseless value stops the start with a sentence, and what is in force is
+shown by `GET /v1/model`.
+
+    DERMAFLUX_BUNDLE=bundles/mini DERMAFLUX_WAITING=4 bentoml serve serving.service:DermaFlux
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from dermaflux.errors import DermaFluxError
+
+PREFIX = "DERMAFLUX_"
+
+
+class SettingError(DermaFluxError):
+    """A `DERMAFLUX_*` variable is unknown or out of range."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One field per variable: `deadline_seconds` is `DERMAFLUX_DEADLINE_SECONDS`."""
+
+    bundle: Path | None = field(
+        default=None,
+        metadata={"help": "bundle folder; bundles/mini beside the working folder if not given"},
+    )
+    engine: str | None = field(
+        default=None, metadata={"help": "force one engine, such as onnxruntime-cpu"}
+    )
+    precision: str | None = field(
+        default=None, metadata={"help": "force one precision, such as fp32"}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "threads per engine; all cores if not given", "min": 1}
+    )
+    deadline_seconds: float = field(
+        default=120.0,
+        metadata={"help": "longest time a request may take, its wait included", "min": 1},
+    )
+    waiting: int = field(
+        default=8,
+        metadata={"help": "requests that may wait behind the running one; more get 429", "min": 0},
+    )
+    open_requests: int = field(
+        default=64,
+        metadata={"help": "requests whose reply is being made; more get 429", "min": 1},
+    )
+    max_upload_bytes: int = field(
+        default=20_000_000, metadata={"help": "largest upload to classify", "min": 1_000}
+    )
+    max_json_bytes: int = field(
+        default=64_000, metadata={"help": "largest JSON request", "min": 1_000}
+    )
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Read the variables; those left out or empty keep their default.
+
+        Raises:
+            SettingError: a variable with our prefix is unknown, is not a number, or is too small.
+        """
+        known = {PREFIX + item.name.upper(): item for item in fields(cls)}
+        unknown = sorted(
+            name for name in environment if name.startswith(PREFIX) and name not in known
+        )
+        if unknown:
+            raise SettingError(f"{unknown[0]} is not a setting; use {', '.join(sorted(known))}")
+        values: dict[str, object] = {}
+        for variable, item in known.items():
+            text = environment.get(variable, "").strip()
+            if not text:
+                continue
+            if item.name == "bundle":
+                values[item.name] = Path(text)
+            elif "min" in item.metadata:
+                values[item.name] = _number(
+                    variable, text, item.metadata["min"], whole="float" not in str(item.type)
+                )
+            else:
+                values[item.name] = text
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _number(variable: str, text: str, least: float, *, whole: bool) -> float:
+    kind = "a whole number" if whole else "a number"
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        raise SettingError(f"{variable} is {text!r}; it needs {kind}") from None
+    if not least <= value < 1e12:  # also false for NaN
+        raise SettingError(f"{variable} is {text}; it needs {kind} of at least {least}")
+    return value

@@ -1,0 +1,203 @@
+"""Engines behind one seam: the same numbers, bit-equal batches, threads, and a stated choice."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dermaflux import engines, flow
+from dermaflux.bundle import Bundle
+from dermaflux.engines import EAGER, OPENVINO, ORT, Engine, choose, load
+from dermaflux.errors import EngineError
+
+SHARED = ("img_ids", "txt_ids")
+STEPPING = ("hidden_states", "timestep")
+
+
+def inputs(batch: int, h: int = 8, w: int = 8) -> dict[str, np.ndarray]:
+    """Inputs of the tiny bundle's transformer, every item at its own timestep."""
+    return {
+        "hidden_states": flow.noise(1, (batch, h * w // 4, 16)),
+        "encoder_hidden_states": flow.noise(2, (batch, 16, 8)),
+        "pooled_projections": flow.noise(3, (batch, 8)),
+        "timestep": np.linspace(1, 0.1, batch, dtype=np.float32),
+        "img_ids": flow.image_ids(h, w),
+        "txt_ids": flow.text_ids(16),
+        "guidance": np.linspace(1, 4, batch, dtype=np.float32),
+    }
+
+
+def pick(everything: dict[str, np.ndarray], items: list[int]) -> dict[str, np.ndarray]:
+    return {k: v if k in SHARED else v[items] for k, v in everything.items()}
+
+
+@pytest.fixture(params=[ORT, OPENVINO])
+def engine(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> Engine:
+    choice = choose(tiny_bundle, "transformer", request.param, "fp32")
+    return load(tiny_bundle, choice, threads=2)
+
+
+def test_engines_say_what_they_are(engine):
+    assert engine.name in (ORT, OPENVINO)
+    assert engine.precision == "fp32"
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 12)])
+def test_batches_of_1_to_8_are_bit_equal(engine, size):
+    everything = inputs(8, *size)
+    alone = [engine.run(pick(everything, [i]))["out_hidden_states"][0] for i in range(8)]
+    for batch in range(2, 9):
+        out = engine.run(pick(everything, list(range(batch))))["out_hidden_states"]
+        assert out.dtype == np.float32
+        assert all(np.array_equal(out[i], alone[i]) for i in range(batch))
+
+
+def test_bound_inputs_are_the_same_as_handed_over(engine):
+    everything = inputs(3)
+    expected = engine.run(everything)["out_hidden_states"]
+    constant = {k: v.copy() for k, v in everything.items() if k not in STEPPING}
+    step = engine.bind(constant)
+    other = engine.bind({**constant, "guidance": constant["guidance"] + 1})
+    del constant
+    for _ in range(3):
+        varying = {k: everything[k] for k in STEPPING}
+        assert np.array_equal(step(varying)["out_hidden_states"], expected)
+        assert not np.array_equal(other(varying)["out_hidden_states"], expected)
+
+
+def test_outputs_belong_to_the_caller(engine):
+    first = engine.run(inputs(1))["out_hidden_states"]
+    kept = first.copy()
+    engine.run(inputs(2))
+    assert np.array_equal(first, kept)
+
+
+def test_memory_that_is_not_in_order_is_read_rightly(engine):
+    everything = inputs(2)
+    turned = np.asfortranarray(everything["hidden_states"])
+    expected = engine.run(everything)["out_hidden_states"]
+    assert np.array_equal(
+        engine.run({**everything, "hidden_states": turned})["out_hidden_states"], expected
+    )
+
+
+def test_several_threads_share_an_engine(engine):
+    everything = inputs(8)
+    alone = [engine.run(pick(everything, [i]))["out_hidden_states"] for i in range(8)]
+    start = threading.Barrier(8)
+
+    def work(item: int) -> bool:
+        start.wait()
+        mine = pick(everything, [item])
+        step = engine.bind({k: v for k, v in mine.items() if k not in STEPPING})
+        outs = [engine.run(mine), step({k: mine[k] for k in STEPPING})] * 10
+        return all(np.array_equal(out["out_hidden_states"], alone[item]) for out in outs)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"guidance": None},
+        {"hidden_state": np.zeros(1, np.float32)},
+        {"guidance": np.zeros(1)},
+        {"guidance": np.zeros(1, np.float16)},
+        {"hidden_states": np.zeros((1, 16, 15), np.float32)},
+    ],
+    ids=["missing", "unknown", "float64", "float16", "shape"],
+)
+def test_inputs_that_the_graph_does_not_take_are_refused(engine, change):
+    wrong = {k: v for k, v in {**inputs(1), **change}.items() if v is not None}
+    with pytest.raises(EngineError):
+        engine.run(wrong)
+    with pytest.raises(EngineError):
+        engine.bind({})(wrong)
+    assert engine.run(inputs(1))["out_hidden_states"].shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("name", [ORT, OPENVINO])
+def test_a_file_that_is_no_graph_is_refused(tiny_bundle, tmp_path, name):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/model.onnx").write_bytes(b"no graph")
+    broken = replace(tiny_bundle, path=tmp_path)
+    with pytest.raises(EngineError, match="cannot open"):
+        load(broken, choose(broken, "transformer", name, "fp32"))
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *absent: str) -> None:
+    monkeypatch.setattr(engines, "installed", lambda name: name not in absent)
+
+
+def test_int8_on_openvino_is_the_first_choice(tiny_bundle):
+    choice = choose(tiny_bundle, "transformer")
+    assert (choice.engine, choice.precision, choice.rejected) == (OPENVINO, "int8", ())
+
+
+def test_a_part_without_int8_runs_in_fp32(tiny_bundle):
+    choice = choose(tiny_bundle, "vae_decoder")
+    assert (choice.engine, choice.precision) == (OPENVINO, "fp32")
+    assert choice.rejected == (("openvino-cpu int8", "the bundle has no int8 file of vae_decoder"),)
+    forced = choose(tiny_bundle, "vae_decoder", precision="int8")
+    assert (forced.precision, forced.reason) == ("fp32", "vae_decoder has no int8 file")
+
+
+def test_without_openvino_fp32_on_onnx_runtime(tiny_bundle, monkeypatch):
+    without(monkeypatch, OPENVINO)
+    choice = choose(tiny_bundle, "transformer")
+    assert (choice.engine, choice.precision) == (ORT, "fp32")
+    assert ("openvino-cpu int8", "openvino is not installed") in choice.rejected
+
+
+def test_the_bundle_says_who_may_run_a_file(tiny_bundle):
+    part = tiny_bundle.parts["transformer"]
+    files = {k: replace(v, engines=(ORT,)) for k, v in part.files.items()}
+    parts = {**tiny_bundle.parts, "transformer": replace(part, files=files)}
+    bundle = replace(tiny_bundle, parts=parts)
+    assert choose(bundle, "transformer").engine == ORT
+    with pytest.raises(EngineError, match="does not allow openvino-cpu"):
+        choose(bundle, "transformer", OPENVINO)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("name", [ORT, OPENVINO])
+def test_what_is_asked_for_is_had(tiny_bundle, name, precision):
+    choice = choose(tiny_bundle, "transformer", name, precision)
+    assert (choice.engine, choice.precision, choice.reason) == (name, precision, "asked for")
+
+
+def test_what_cannot_be_had_is_refused(tiny_bundle, monkeypatch):
+    with pytest.raises(EngineError, match="engine 'tpu' is not known"):
+        choose(tiny_bundle, "transformer", "tpu")
+    with pytest.raises(EngineError, match="precision 'int4' .* it has fp32, int8"):
+        choose(tiny_bundle, "transformer", precision="int4")
+    with pytest.raises(EngineError, match="has no part 'vae_encoder'"):
+        choose(tiny_bundle, "vae_encoder")
+    without(monkeypatch, OPENVINO, EAGER)
+    with pytest.raises(EngineError, match="pip install openvino"):
+        choose(tiny_bundle, "transformer", OPENVINO)
+    with pytest.raises(EngineError, match="needs torch"):
+        choose(tiny_bundle, "transformer", EAGER)
+    without(monkeypatch, OPENVINO, ORT)
+    with pytest.raises(EngineError, match="pip install openvino or pip install onnxruntime"):
+        choose(tiny_bundle, "transformer")
+
+
+def test_eager_needs_a_checkpoint(tiny_bundle, monkeypatch):
+    without(monkeypatch)
+    with pytest.raises(EngineError, match="name its folder"):
+        load(tiny_bundle, choose(tiny_bundle, "transformer", EAGER))
+
+
+def test_cores_are_those_of_the_container(monkeypatch):
+    assert 1 <= engines.usable_cores() <= 4096
+    monkeypatch.setattr(engines.os, "sched_getaffinity", lambda _: set(range(64)))
+    for quota, cores in (("max 100000", 64), ("150000 100000", 2), ("10000 100000", 1)):
+        monkeypatch.setattr(Path, "read_text", lambda self, quota=quota: quota)
+        assert engines.usable_cores() == cores

@@ -1,0 +1,184 @@
+"""The exported bundle is the checkpoint: at other sizes and batches, on every engine it allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+from PIL import Image
+
+from dermaflux.bundle import PARTS, Bundle
+from dermaflux.checkpoint import Checkpoint
+from dermaflux.classifier import Classifier
+from dermaflux.engines import OPENVINO, ORT, choose, eager, load
+from dermaflux.pipeline import Pipeline, Request
+from export.parity import psnr
+from export.shapes import Size, examples
+
+# None of these is a size that the export itself looks at.
+SIZES = [Size(5, 32, 16), Size(1, 16, 64), Size(4, 40, 24)]
+
+
+@pytest.mark.parametrize("engine", [ORT, OPENVINO])
+@pytest.mark.parametrize("part", PARTS)
+def test_exported_equals_eager_at_other_sizes(exported, tiny_checkpoint, part, engine):
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    reference = eager.load(tiny_checkpoint, part)
+    graph = load(exported, choose(exported, part, engine, "fp32"))
+    for seed, size in enumerate(SIZES):
+        inputs = examples(checkpoint, part, size, seed=seed + 100)
+        outputs = graph.run(inputs)
+        for name, expected in reference.run(inputs).items():
+            assert outputs[name].shape == expected.shape
+            np.testing.assert_allclose(outputs[name], expected, atol=2e-5 * abs(expected).max())
+
+
+def test_int8_is_near_and_not_equal(exported, tiny_checkpoint):
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    for part in ("transformer", "classifier"):
+        inputs = examples(checkpoint, part, SIZES[0])
+        fp32, int8 = (
+            load(exported, choose(exported, part, OPENVINO, precision)).run(inputs)
+            for precision in ("fp32", "int8")
+        )
+        for name, expected in fp32.items():
+            error = np.linalg.norm(int8[name] - expected) / np.linalg.norm(expected)
+            assert 1e-5 < error < 0.1, (part, name)
+
+
+def test_it_opens_and_says_what_it_is(exported, tiny_checkpoint):
+    opened = Bundle.open(exported.path, verify=True)
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    assert tuple(opened.parts) == PARTS
+    assert opened.model == checkpoint.model
+    assert opened.defaults == checkpoint.defaults
+    assert opened.classifier == checkpoint.classifier
+    assert opened.scheduler == checkpoint.scheduler
+    assert opened.licences[0].licence == "Apache-2.0"
+    assert opened.provenance["export"]["prompts"] == 4
+    assert str(tiny_checkpoint.parent) not in (exported.path / "bundle.json").read_text()
+
+
+def test_which_engine_may_run_which_file(exported):
+    for name, part in exported.parts.items():
+        assert part.files["fp32"].engines == (ORT, OPENVINO)
+        assert ("int8" in part.files) == (name in ("transformer", "classifier"))
+    assert exported.parts["transformer"].files["int8"].engines == (OPENVINO,)
+
+
+def test_parity_is_measured_for_all_that_may_run(exported):
+    assert {p: set(e) for p, e in exported.parity.images.items()} == {
+        "fp32": {ORT, OPENVINO},
+        "int8": {OPENVINO},
+    }
+    assert set(exported.parity.classifier) == {"fp32", "int8"}
+    for by_engine in exported.parity.images.values():
+        for found in by_engine.values():
+            assert found.prompts == 4
+            assert found.psnr_worst_db <= found.psnr_median_db
+    for part in exported.parts.values():
+        for file in part.files.values():
+            assert 0 < file.parity.relative <= file.parity.tolerance
+
+
+def test_manifest_and_graphs_name_the_same_tensors(exported):
+    for part in exported.parts.values():
+        for file in part.files.values():
+            graph = onnx.load(exported.file(file.path)).graph
+            for told, found in ((part.inputs, graph.input), (part.outputs, graph.output)):
+                assert [tensor.name for tensor in told] == [value.name for value in found]
+                shapes = [value.type.tensor_type.shape.dim for value in found]
+                assert [tensor.shape for tensor in told] == [
+                    tuple(axis.dim_param or axis.dim_value for axis in shape) for shape in shapes
+                ]
+
+
+def test_graphs_are_standard_and_say_nothing_of_this_machine(exported, schnell):
+    for bundle in (exported, schnell):
+        for path in bundle.path.rglob("*.onnx"):
+            model = onnx.load(path)
+            onnx.checker.check_model(model, full_check=True)
+            assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 23)]
+            assert {node.domain for node in model.graph.node} == {""}
+            assert not model.functions
+            inferred = onnx.shape_inference.infer_shapes(model).graph
+            kinds = {weight.data_type for weight in model.graph.initializer}
+            kinds |= {value.type.tensor_type.elem_type for value in inferred.value_info}
+            assert TensorProto.DOUBLE not in kinds
+            borders = (*model.graph.input, *model.graph.output)
+            assert {value.type.tensor_type.elem_type for value in borders} <= {
+                TensorProto.FLOAT,
+                TensorProto.INT64,
+            }
+            assert b"site-packages" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights_are_stored_once(exported, tiny_checkpoint, part):
+    file = exported.parts[part].files["fp32"]
+    model = onnx.load(exported.file(file.path))
+    large = [numpy_helper.to_array(w) for w in model.graph.initializer]
+    # Constants of a few numbers may repeat; a weight of a layer may not.
+    contents = [weight.tobytes() for weight in large if weight.size > 64]
+    assert len(contents) == len(set(contents))
+    weights = eager.module(tiny_checkpoint, part).state_dict().values()
+    most = sum({w.data_ptr(): w.numel() * 4 for w in weights}.values())
+    assert sum(weight.nbytes for weight in large) <= most + 4096
+
+
+def test_weights_keep_their_names(exported, tiny_checkpoint):
+    model = onnx.load(exported.file(exported.parts["transformer"].files["fp32"].path))
+    found = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    name = "transformer_blocks.0.attn.to_q.weight"
+    expected = eager.module(tiny_checkpoint, "transformer").model.state_dict()[name]
+    # A MatMul wants [in, out], a linear layer keeps [out, in].
+    assert np.array_equal(found[name].T, expected)
+
+
+def test_the_golden_image_is_made_again(exported):
+    golden = exported.golden
+    assert golden is not None
+    with Image.open(exported.file(golden.image)) as picture:
+        wanted = np.asarray(picture)
+    for engine, precision in ((ORT, "fp32"), (OPENVINO, "fp32"), (OPENVINO, "int8")):
+        pipeline = Pipeline.open(exported, engine=engine, precision=precision)
+        (found,) = pipeline.generate([Request(**golden.request)])
+        assert psnr(found, wanted) >= golden.tolerance_db
+        other = Request(**{**golden.request, "seed": 5})
+        assert psnr(pipeline.generate([other])[0], wanted) < golden.tolerance_db
+
+
+def test_without_guidance_and_classifier(schnell):
+    assert schnell.classifier is None
+    assert "classifier" not in schnell.parts
+    assert "guidance" not in {tensor.name for tensor in schnell.parts["transformer"].inputs}
+    assert schnell.defaults.guidance is None
+    assert {p for part in schnell.parts.values() for p in part.files} == {"fp32"}
+    pipeline = Pipeline.open(schnell)
+    (image,) = pipeline.generate([pipeline.request("a lesion", seed=1)])
+    assert image.std() > 0
+
+
+def test_the_classifier_says_what_eager_says(exported, tiny_checkpoint):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8))
+    expected = Classifier.open(exported, "eager", checkpoint=tiny_checkpoint).classify([picture])
+    for engine, precision, bound in ((ORT, "fp32", 1e-5), (OPENVINO, "int8", 0.05)):
+        found = Classifier.open(exported, engine, precision).classify([picture])
+        assert abs(found[0].probability - expected[0].probability) < bound
+
+
+def test_what_optimum_opens_is_there(exported):
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        assert (exported.path / name).is_file()
+    for part in PARTS:
+        assert (exported.path / part / "config.json").is_file()
+        assert (exported.path / part / "model.onnx").is_file()
+
+
+def test_nothing_is_left_beside_the_bundle(exported: Bundle, tmp_path: Path):
+    beside = {path.name for path in exported.path.parent.iterdir()}
+    assert not [name for name in beside if name.startswith(f".{exported.path.name}")]
+    assert {p.suffix for p in exported.path.rglob("*") if p.is_file()} <= {".json", ".onnx", ".png"}

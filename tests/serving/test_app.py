@@ -1,0 +1,153 @@
+"""What all routes share: headers, errors, document, card, the page's files, settings."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from dermaflux.prompt import VOCABULARY
+from serving.app import SECURITY_HEADERS, STATIC, SYSTEM_PATHS, paths
+from serving.settings import SettingError, Settings
+from tests.serving.conftest import Live, running
+from tests.serving.test_generate import error
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/model", "/openapi.json", "/static/main.js", "/nothing"])
+def test_security_headers_are_on_every_reply(live: Live, path: str) -> None:
+    headers = live.client.get(path).headers
+    assert {name: headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nothing",
+        "/v1",
+        "/v1/generate/",
+        "/static/",
+        "/static/../app.py",
+        "/%00",
+        "/static/%00",
+        "/static/" + "a" * 3000,
+    ],
+)
+def test_unknown_paths_are_told_in_our_form(live: Live, path: str) -> None:
+    reply = live.client.get(path)
+    assert (reply.status_code, error(reply)["code"]) == (404, "not_found")
+    assert live.count("dermaflux_requests_total", route="other", status="404") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/generate", "POST"),
+        ("PUT", "/v1/classify", "POST"),
+        ("DELETE", "/v1/model", "GET, HEAD"),
+        ("POST", "/", "GET, HEAD"),
+        ("POST", "/static/main.js", "GET, HEAD"),
+        ("POST", "/livez", "GET, HEAD"),
+    ],
+)
+def test_wrong_methods_name_the_right_one(live: Live, method: str, path: str, allowed: str) -> None:
+    reply = live.client.request(method, path)
+    assert (reply.status_code, error(reply)["code"]) == (405, "method_not_allowed")
+    assert sorted(reply.headers["allow"].split(", ")) == sorted(allowed.split(", "))
+
+
+def test_open_requests_are_bounded() -> None:
+    with running(open_requests=1) as live, ThreadPoolExecutor(1) as pool, live.brake.closed():
+        drawing = pool.submit(live.client.post, "/v1/generate", json={"prompt": "benign"})
+        live.brake.wait_for(1)
+        reply = live.client.get("/v1/model")
+        assert (reply.status_code, error(reply)["code"]) == (429, "busy")
+        assert reply.headers["retry-after"] == "1"
+        live.brake.open.set()
+        assert drawing.result().status_code == 200
+        assert live.client.get("/v1/model").status_code == 200
+
+
+def test_request_id_is_kept_if_harmless(live: Live) -> None:
+    given = live.client.get("/v1/model", headers={"x-request-id": "ward-7.12"})
+    assert given.headers["x-request-id"] == "ward-7.12"
+    strange = live.client.get("/v1/model", headers={"x-request-id": "a b\\n<script>"})
+    assert re.fullmatch("[0-9a-f]{32}", strange.headers["x-request-id"])
+
+
+def test_document_covers_every_route_with_the_bounds_of_the_bundle(live: Live) -> None:
+    document = live.client.get("/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    told = set(document["paths"])
+    ours = {path for path in paths() if not path.startswith("/static/")}
+    # The schema of BentoML's own routes says nothing of ours.
+    assert told == (ours | {"/static/{file}"}) - {"/schema.json"}
+    fields = document["components"]["schemas"]["GenerateRequest"]["properties"]
+    assert fields["steps"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 50}
+    assert fields["width"]["default"] == 64
+    assert fields["width"]["anyOf"][0]["multipleOf"] == 16
+    lesion = document["components"]["schemas"]["LesionAttributes"]["properties"]
+    assert set(VOCABULARY["diagnosis"]) < set(lesion["diagnosis"]["enum"])
+    names = set(document["components"]["schemas"])
+    assert set(re.findall(r"#/components/schemas/(\w+)", str(document))) <= names
+
+
+def test_card_tells_what_serves(live: Live) -> None:
+    card = live.client.get("/v1/model").json()
+    assert "not a medical device" in card["notice"]
+    assert (card["name"], card["bundle"]) == ("tiny", "0123456789abcdef")
+    assert card["vocabulary"]["colors"] == list(VOCABULARY["colors"])
+    assert card["diagnoses"]["melanoma"] == "malignant"
+    assert card["engines"][0]["reason"] == "a test"
+    assert card["engines"][0]["rejected"] == [{"name": "other", "why": "not here"}]
+    assert card["classifier"]["abstain"] == [0.3, 0.5]
+    assert card["licences"][0]["licence"] == "CC0-1.0"
+
+
+def test_page_has_no_outside_address_and_nothing_inline() -> None:
+    for file in STATIC.iterdir():
+        text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?:|//[a-z]+\.|@import|data:[a-z]+/", text), file
+    page = (STATIC / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=|javascript:", page)
+    named = set(re.findall(r'(?:src|href)="(static/[^"#]+)', page))
+    assert {f"/{name}" for name in named} <= paths()
+
+
+def test_known_paths_are_those_that_answer(live: Live) -> None:
+    for path in paths() - set(SYSTEM_PATHS):
+        assert live.client.get(path).status_code in (200, 405), path
+
+
+def test_settings_are_read_from_the_environment() -> None:
+    read = Settings.from_environment(
+        {
+            "DERMAFLUX_BUNDLE": "/srv/bundle",
+            "DERMAFLUX_DEADLINE_SECONDS": "2.5",
+            "DERMAFLUX_WAITING": " 0 ",
+            "DERMAFLUX_THREADS": "",
+            "PATH": "/bin",
+        }
+    )
+    assert read == Settings(bundle=Path("/srv/bundle"), deadline_seconds=2.5, waiting=0)
+    assert Settings.from_environment({}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WAITNG", "3"),
+        ("WAITING", "-1"),
+        ("WAITING", "1.5"),
+        ("THREADS", "0"),
+        ("DEADLINE_SECONDS", "nan"),
+        ("DEADLINE_SECONDS", "inf"),
+        ("DEADLINE_SECONDS", "soon"),
+    ],
+)
+def test_senseless_settings_are_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(SettingError, match=f"DERMAFLUX_{name}"):
+        Settings.from_environment({f"DERMAFLUX_{name}": value})

@@ -1,0 +1,308 @@
+"""Generation over HTTP: the image and its record, refusals, queue, deadline, progress, cancel."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from dermaflux.errors import EngineError
+from dermaflux.images import read_marks
+from tests.serving.conftest import Live, running, until
+
+PROMPT = "dermoscopic image of a benign lesion"
+
+
+def events(reply: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    name = ""
+    for line in reply.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+def error(reply: httpx.Response) -> dict[str, Any]:
+    content = reply.json()
+    assert list(content) == ["error"]
+    assert content["error"]["request_id"] == reply.headers["x-request-id"]
+    assert content["error"]["message"].endswith(".")
+    assert "Traceback" not in reply.text
+    return dict(content["error"])
+
+
+def test_image_is_what_the_pipeline_draws(live: Live) -> None:
+    reply = live.client.post("/v1/generate", json={"prompt": PROMPT, "seed": 7, "steps": 3})
+    assert reply.status_code == 200
+    assert reply.headers["content-type"] == "image/png"
+    pixels = np.asarray(Image.open(io.BytesIO(reply.content)))
+    (expected,) = live.pipeline.generate([live.pipeline.request(PROMPT, seed=7, steps=3)])
+    assert np.array_equal(pixels, expected)
+
+
+def test_record_repeats_the_image(live: Live) -> None:
+    first = live.client.post("/v1/generate", json={"prompt": PROMPT, "width": 96, "guidance": 2})
+    headers = first.headers
+    again: dict[str, Any] = {
+        "prompt": PROMPT,
+        "width": 96,
+        "seed": int(headers["x-dermaflux-seed"]),
+        "steps": int(headers["x-dermaflux-steps"]),
+        "guidance": float(headers["x-dermaflux-guidance"]),
+    }
+    assert again["seed"] < 2**53
+    assert live.client.post("/v1/generate", json=again).content == first.content
+    assert headers["x-dermaflux-bundle"] == "0123456789abcdef"
+    assert (headers["x-dermaflux-engine"], headers["x-dermaflux-precision"]) == ("fake", "fp32")
+
+
+def test_drawn_seeds_differ(live: Live) -> None:
+    seeds = {
+        live.client.post("/v1/generate", json={"prompt": PROMPT}).headers["x-dermaflux-seed"]
+        for _ in range(4)
+    }
+    assert len(seeds) == 4
+
+
+def test_prompt_of_any_language_is_in_the_file_alone(live: Live) -> None:
+    prompt = "Aufnahme einer Läsion, 黒色腫"
+    reply = live.client.post("/v1/generate", json={"prompt": prompt})
+    marks = read_marks(reply.content)
+    assert marks["dermaflux.prompt"] == prompt
+    assert "Synthetic image" in marks["Description"]
+    assert marks["DigitalSourceType"].endswith("trainedAlgorithmicMedia")
+    assert prompt not in str(reply.headers)
+
+
+def test_lesion_becomes_a_caption(live: Live) -> None:
+    lesion = {"diagnosis": "melanoma", "colors": ["black", "dark brown"], "size": "small"}
+    reply = live.client.post("/v1/generate", json={"lesion": lesion})
+    assert read_marks(reply.content)["dermaflux.prompt"] == (
+        "dermoscopic image of a malignant lesion, melanoma, dark brown and black, "
+        "small in the field"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, None),
+        ({"prompt": PROMPT, "lesion": {"label": "benign"}}, None),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a" * 2001}, "prompt"),
+        ({"prompt": "a\u0000b"}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": PROMPT, "colour": "red"}, "colour"),
+        ({"prompt": PROMPT, "seed": -1}, "seed"),
+        ({"prompt": PROMPT, "seed": 2**63}, "seed"),
+        ({"prompt": PROMPT, "seed": 1.5}, "seed"),
+        ({"prompt": PROMPT, "seed": "7"}, "seed"),
+        ({"prompt": PROMPT, "seed": True}, "seed"),
+        ({"prompt": PROMPT, "steps": 0}, "steps"),
+        ({"prompt": PROMPT, "steps": 51}, "steps"),
+        ({"prompt": PROMPT, "guidance": -0.1}, "guidance"),
+        ({"prompt": PROMPT, "guidance": 31}, "guidance"),
+        ({"prompt": PROMPT, "width": 40}, "width"),
+        ({"prompt": PROMPT, "height": 16}, "height"),
+        ({"prompt": PROMPT, "height": 4096}, "height"),
+        ({"lesion": {}}, "lesion.label"),
+        ({"lesion": {"label": "bening"}}, "lesion.label"),
+        ({"lesion": {"label": "benign", "diagnosis": "melanoma"}}, "lesion.diagnosis"),
+        ({"lesion": {"label": "benign", "shape": "round"}}, "lesion.shape"),
+        ({"lesion": {"label": "benign", "colors": "black"}}, "lesion.colors"),
+        ({"lesion": {"label": "benign", "colors": ["black", "black"]}}, "lesion.colors"),
+        ({"lesion": "melanoma"}, "lesion"),
+        ([], None),
+        ("benign", None),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/generate/stream"])
+def test_wrong_fields_are_named(live: Live, path: str, body: object, field: str | None) -> None:
+    reply = live.client.post(path, json=body)
+    assert reply.status_code == 422
+    told = error(reply)
+    assert told["code"] == "invalid_request"
+    assert told.get("field") == field
+    assert live.brake.steps == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"prompt": "x"} trailing',
+        b"\xff\xfe",
+        b'{"prompt": "\\ud800"}',
+        b"[" * 20_000,
+        b'{"a":' * 9_000,
+    ],
+)
+def test_what_is_not_json_is_refused(live: Live, body: bytes) -> None:
+    reply = live.client.post(
+        "/v1/generate", content=body, headers={"content-type": "application/json"}
+    )
+    assert (reply.status_code, error(reply)["code"]) == (400, "invalid_json")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "9" * 5000])
+@pytest.mark.parametrize("field", ["guidance", "seed", "steps", "width"])
+def test_numbers_that_are_none_are_refused(live: Live, field: str, number: str) -> None:
+    reply = live.client.post(
+        "/v1/generate",
+        content=f'{{"prompt": "x", "{field}": {number}}}',
+        headers={"content-type": "application/json; charset=utf-8"},
+    )
+    assert reply.status_code in (400, 422)
+    assert len(error(reply)["message"]) < 300
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", "", "application/jsonx"])
+def test_other_content_types_are_refused(live: Live, kind: str) -> None:
+    reply = live.client.post(
+        "/v1/generate", content=b'{"prompt": "x"}', headers={"content-type": kind}
+    )
+    assert (reply.status_code, error(reply)["code"]) == (415, "unsupported_media_type")
+
+
+def test_long_bodies_are_refused_declared_or_chunked(live: Live) -> None:
+    body = json.dumps({"prompt": "x" * 100_000}).encode()
+    header = {"content-type": "application/json"}
+
+    def chunks() -> Iterator[bytes]:
+        for start in range(0, len(body), 1000):
+            yield body[start : start + 1000]
+
+    for content in (body, chunks()):
+        reply = live.client.post("/v1/generate", content=content, headers=header)
+        assert (reply.status_code, error(reply)["code"]) == (413, "body_too_large")
+
+
+def test_slow_bodies_are_refused() -> None:
+    with running(deadline_seconds=1.0) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as line:
+            line.sendall(
+                b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b'Content-Length: 20\r\n\r\n{"prompt'
+            )
+            assert line.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_queue_is_bounded_and_says_when_to_come_back() -> None:
+    with running(waiting=1) as live, ThreadPoolExecutor(1) as pool, live.brake.closed():
+        ask = {"prompt": PROMPT}
+        first = pool.submit(live.client.post, "/v1/generate", json=ask)
+        live.brake.wait_for(1)
+        with live.client.stream("POST", "/v1/generate/stream", json=ask) as second:
+            told = events(second)
+            name, place = next(told)
+            assert (name, place["ahead"]) == ("queued", 1)
+            third = live.client.post("/v1/generate", json=ask)
+            assert (third.status_code, error(third)["code"]) == (429, "busy")
+            assert int(third.headers["retry-after"]) >= 1
+            live.brake.open.set()
+            assert first.result().status_code == 200
+            assert [name for name, _ in told] == ["progress"] * 4 + ["image"]
+        assert live.count("dermaflux_requests_total", route="/v1/generate", status="429") == 1
+
+
+def test_deadline_stops_the_work() -> None:
+    with running(deadline_seconds=1.0) as live:
+        with live.brake.closed():
+            reply = live.client.post("/v1/generate", json={"prompt": PROMPT, "steps": 50})
+            assert (reply.status_code, error(reply)["code"]) == (504, "deadline")
+        again = live.client.post("/v1/generate", json={"prompt": PROMPT})
+        assert again.status_code == 200
+        assert live.brake.steps <= 2 + 4
+        assert live.count("dermaflux_generations_total", outcome="deadline") == 1
+
+
+def test_failure_is_a_500_without_details() -> None:
+    with running(fails=RuntimeError("secret of the house")) as live:
+        reply = live.client.post(
+            "/v1/generate", json={"prompt": PROMPT}, headers={"x-request-id": "mine-1"}
+        )
+        assert reply.status_code == 500
+        assert error(reply) == {
+            "code": "internal",
+            "message": "Something failed here; the log of the service has it under this id.",
+            "request_id": "mine-1",
+        }
+
+
+def test_stream_tells_every_step_then_the_same_image(live: Live) -> None:
+    ask = {"prompt": PROMPT, "seed": 5, "steps": 6}
+    with live.client.stream("POST", "/v1/generate/stream", json=ask) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        told = list(events(reply))
+    assert told[0] == ("queued", {"ahead": 0, "seed": 5})
+    assert told[1:-1] == [("progress", {"step": n, "steps": 6}) for n in range(1, 7)]
+    name, image = told[-1]
+    assert name == "image"
+    single = live.client.post("/v1/generate", json=ask)
+    assert base64.b64decode(image.pop("png")) == single.content
+    assert image == {
+        "seed": 5,
+        "prompt": PROMPT,
+        "steps": 6,
+        "guidance": 3.5,
+        "width": 64,
+        "height": 64,
+        "bundle": "0123456789abcdef",
+        "engine": "fake",
+        "precision": "fp32",
+        "prompt_tokens": 6,
+        "text_length": 16,
+    }
+
+
+def test_stream_tells_failures_in_band() -> None:
+    with (
+        running(fails=EngineError("gave numbers that are not finite")) as live,
+        live.client.stream("POST", "/v1/generate/stream", json={"prompt": PROMPT}) as reply,
+    ):
+        told = list(events(reply))
+    assert [name for name, _ in told] == ["queued", "error"]
+    assert told[1][1]["error"]["code"] == "internal"
+    assert told[1][1]["error"]["request_id"] == reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/generate/stream"])
+def test_client_that_leaves_stops_the_work_at_the_next_step(live: Live, path: str) -> None:
+    host, port = live.url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": PROMPT, "steps": 50}).encode()
+    with live.brake.closed():
+        with socket.create_connection((host, int(port))) as line:
+            line.sendall(
+                f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n".encode()
+                + body
+            )
+            live.brake.wait_for(1)
+        until(lambda: left(live))
+    assert live.client.post("/v1/generate", json={"prompt": PROMPT}).status_code == 200
+    assert live.brake.steps <= 2 + 4
+
+
+def left(live: Live) -> bool:
+    """Whether the service has noticed; the brake is still closed, so nothing else can tell."""
+    return live.count("dermaflux_generations_total", outcome="cancelled") == 1
+
+
+def test_other_requests_are_answered_during_a_generation(live: Live) -> None:
+    with live.brake.closed(), ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(live.client.post, "/v1/generate", json={"prompt": PROMPT})
+        live.brake.wait_for(1)
+        assert live.client.get("/v1/model", timeout=2).status_code == 200
+        live.brake.open.set()
+        assert drawing.result().status_code == 200

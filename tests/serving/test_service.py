@@ -1,0 +1,203 @@
+"""The service as it is run: from a Bento in another folder, without torch, within seconds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from dermaflux.bundle import Bundle
+from tests.serving.conftest import picture, until
+
+ROOT = Path(__file__).resolve().parents[2]
+BENTOML = [sys.executable, "-m", "bentoml"]
+START_SECONDS = 5.0
+
+START = """
+import os, sys, time
+begin = time.monotonic()
+from serving.service import DermaFlux
+from starlette.testclient import TestClient
+with TestClient(DermaFlux.to_asgi()) as client:
+    assert client.get("/readyz").status_code == 200
+    print("ready", time.monotonic() - begin)
+    assert client.post("/v1/generate", json={"prompt": "a lesion", "steps": 1}).status_code == 200
+    image = open(sys.argv[1], "rb").read()
+    reply = client.post("/v1/classify", content=image, headers={"content-type": "image/png"})
+    assert reply.status_code == 200
+heavy = {"torch", "diffusers", "transformers", "timm", "peft", "torchvision"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith(("DERMAFLUX_", "BENTOML_", "PROMETHEUS_", "PYTHONPATH"))
+    }
+    # Nothing may go out, and what tries fails at once.
+    dead = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    own = {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "true", "NO_PROXY": "127.0.0.1"}
+    return {**kept, **dead, **own, **more}
+
+
+def start(bundle: Path, folder: Path) -> float:
+    """Import, start, draw and classify in a new process; seconds from import to ready."""
+    image = folder / "image.png"
+    image.write_bytes(picture(200))
+    metrics = folder / "metrics"
+    metrics.mkdir(exist_ok=True)
+    variables = {
+        "DERMAFLUX_BUNDLE": str(bundle),
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics),
+        # BentoML's own timeout is out of force, so this cannot hurt.
+        "BENTOML_CONFIG_OPTIONS": "services.dermaflux.traffic.timeout=0.001",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", START, str(image)],
+        cwd=ROOT,
+        env=environment(folder / "home", **variables),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"^ready ([\d.]+)$", done.stdout, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_service_runs_without_torch(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    start(tiny_bundle.path, tmp_path)
+
+
+def test_service_is_ready_within_seconds_on_the_embedded_default(
+    bundle: Path, tmp_path: Path
+) -> None:
+    # Whatever else the machine does, one of three is left alone.
+    assert any(start(bundle, tmp_path) < START_SECONDS for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"DERMAFLUX_BUNDLE": "nowhere"}, "Make it with: python -m export"),
+        ({"DERMAFLUX_WAITING": "many"}, "DERMAFLUX_WAITING is 'many'; it needs a whole number"),
+    ],
+)
+def test_start_that_cannot_be_ends_in_one_sentence(
+    tmp_path: Path, variables: dict[str, str], sentence: str
+) -> None:
+    done = subprocess.run(
+        [*BENTOML, "serve", "serving.service:DermaFlux", "--port", str(free_port())],
+        cwd=ROOT,
+        env=environment(tmp_path, **variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_requirements_of_the_bento_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = {*project["dependencies"], *extras["serving"], *extras["cpu"]}
+    bento = yaml.safe_load((ROOT / "bentofile.yaml").read_text())
+    assert set(bento["python"]["packages"]) == needed
+    assert {"name": "BENTOML_DO_NOT_TRACK", "value": "true"} in bento["envs"]
+
+
+@pytest.fixture(scope="module")
+def bento(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BENTOML_HOME with a Bento of this project around the tiny bundle."""
+    project = tmp_path_factory.mktemp("project")
+    for name in ("dermaflux", "serving"):
+        shutil.copytree(ROOT / name, project / name)
+    for name in ("bentofile.yaml", ".bentoignore", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    shutil.copytree(tiny_bundle.path, project / "bundles/mini")
+    home = tmp_path_factory.mktemp("bentoml_home")
+    done = subprocess.run(
+        [*BENTOML, "build"], cwd=project, env=environment(home), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_built_bento_serves_from_another_folder(
+    bento: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    with served(bento, tmp_path) as (client, log):
+        card = client.get("/v1/model").json()
+        assert card["bundle"] == tiny_bundle.id
+        image = client.post("/v1/generate", json={"lesion": {"label": "benign"}})
+        assert image.headers["content-type"] == "image/png"
+        form = {"image": ("drawn.png", image.content, "image/png")}
+        assert client.post("/v1/classify", files=form).json()["bundle"] == tiny_bundle.id
+        assert "DermaFlux" in client.get("/").text
+        for number in range(20):
+            reply = client.get(f"/scan/{number}.php")
+            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+        assert client.post("/livez").json()["error"]["code"] == "method_not_allowed"
+        for path in ("/livez", "/healthz", "/readyz"):
+            assert client.get(path).status_code == 200
+        metrics = client.get("/metrics").text
+        assert 'dermaflux_generations_total{outcome="done"} 1.0' in metrics
+        assert 'bentoml_service_request_total{endpoint="/v1/classify"' in metrics
+        assert "/scan/" not in metrics
+        source = re.search(r"(\S+) \(\w+\) ready [\d.]+ s after import", log.read_text())
+        assert source is not None
+        assert Path(source[1]).is_relative_to(bento)
+    assert "Traceback" not in log.read_text()
+
+
+@contextmanager
+def served(home: Path, folder: Path) -> Iterator[tuple[httpx.Client, Path]]:
+    """The Bento of `home`, served from `folder`: a client, and the file of its log."""
+    port = free_port()
+    log = folder / "log.txt"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*BENTOML, "serve", "dermaflux:latest", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=folder,
+            env=environment(home),
+            stdout=stream,
+            stderr=stream,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
+            until(lambda: process.poll() is not None or ready(client), seconds=90)
+            assert process.poll() is None, log.read_text()
+            yield client, log
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,83 @@
+"""Write the trained parts as one checkpoint folder, the one that diffusers and timm read.
+
+The transformer and the autoencoder are stored in float16, half the size and far finer than what
+was trained in bfloat16; diffusers runs them in float32 unless told otherwise. The text encoders
+stay float32, since transformers would run them in the stored type beside a float32 transformer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from tokenizers import Tokenizer
+
+from training.generator import Generator
+from training.words import save_tokenizer
+
+_MODEL_INDEX = {
+    "_class_name": "FluxPipeline",
+    "_diffusers_version": "0.30.0",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "tokenizer_2": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+# FLUX.1-dev's own resolution-dependent shift.
+_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+}
+
+
+def write(
+    folder: Path,
+    generator: Generator,
+    autoencoder: AutoencoderKL,
+    clip: Tokenizer,
+    t5: Tokenizer,
+    provenance: Mapping[str, object],
+    *,
+    shard: str = "14MB",
+) -> None:
+    """Write a Flux checkpoint beside what `folder` already holds (`classifier/`, a report).
+
+    Each part is written to a temporary folder first and then put in place of the old one.
+    """
+    length = int(generator.clip.config.max_position_embeddings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".checkpoint-") as scratch:
+        new = Path(scratch)
+        half = torch.float16
+        generator.transformer.to(half).save_pretrained(new / "transformer", max_shard_size=shard)
+        autoencoder.to(half).save_pretrained(new / "vae", max_shard_size=shard)
+        generator.transformer.to(torch.float32)
+        autoencoder.to(torch.float32)
+        generator.clip.save_pretrained(new / "text_encoder", max_shard_size=shard)
+        generator.t5.save_pretrained(new / "text_encoder_2", max_shard_size=shard)
+        save_tokenizer(clip, new / "tokenizer", length)
+        save_tokenizer(t5, new / "tokenizer_2", length)
+        FlowMatchEulerDiscreteScheduler(**_SCHEDULER).save_pretrained(new / "scheduler")
+        for name, content in (("model_index", _MODEL_INDEX), ("provenance", provenance)):
+            (new / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        for part in sorted(new.iterdir(), key=lambda path: path.name == "model_index.json"):
+            old = folder / part.name
+            if old.is_dir():
+                shutil.rmtree(old)
+            part.replace(old)

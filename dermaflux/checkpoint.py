@@ -29,6 +29,17 @@ MAX_BATCH: Final = 8
 
 
 @dataclass(frozen=True)
+class Told:
+    """`defaults` of `provenance.json`: each may be left out."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    text_length: int | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The settings of an opened checkpoint, in the forms that a bundle keeps them in."""
 
@@ -57,7 +68,7 @@ class Checkpoint:
         transformer = _load(folder, "transformer/config.json")
         guided = bool(transformer.get("guidance_embeds", False))
         provenance = _provenance(folder)
-        told = provenance.get("defaults", {})
+        told = read(Told, provenance.get("defaults", {}), "provenance.json: defaults")
         vae = _load(folder, "vae/config.json")
         scale = 2 ** (len(_key(vae, "block_out_channels", "vae/config.json")) - 1)
         defaults = _defaults(told, guided)
@@ -68,7 +79,7 @@ class Checkpoint:
                 scale=scale,
                 scaling_factor=float(_key(vae, "scaling_factor", "vae/config.json")),
                 shift_factor=float(vae.get("shift_factor") or 0.0),
-                text_length=int(told.get("text_length", 512 if guided else 256)),
+                text_length=told.text_length or (512 if guided else 256),
                 clip_length=_clip_length(folder),
                 guidance_embeds=guided,
             ),
@@ -82,7 +93,9 @@ class Checkpoint:
 
 def _provenance(folder: Path) -> Mapping[str, Any]:
     if (folder / "provenance.json").is_file():
-        return _load(folder, "provenance.json")
+        provenance = _load(folder, "provenance.json")
+        _key(provenance, "name", "provenance.json")
+        return provenance
     name = folder.resolve().name
     return {
         "name": name,
@@ -95,14 +108,14 @@ def _provenance(folder: Path) -> Mapping[str, Any]:
     }
 
 
-def _defaults(told: Mapping[str, Any], guided: bool) -> Defaults:
+def _defaults(told: Told, guided: bool) -> Defaults:
     """The model cards' settings: 28 steps and guidance 3.5 for dev, 4 steps for schnell."""
-    guidance = told.get("guidance", 3.5)
+    guidance = 3.5 if told.guidance is None else told.guidance
     return Defaults(
-        steps=int(told.get("steps", 28 if guided else 4)),
-        guidance=float(guidance) if guided else None,
-        height=int(told.get("height", 1024)),
-        width=int(told.get("width", 1024)),
+        steps=told.steps or (28 if guided else 4),
+        guidance=guidance if guided else None,
+        height=told.height or 1024,
+        width=told.width or 1024,
     )
 
 

@@ -85,8 +85,8 @@ class GenerateRequest(_Strict):
     @model_validator(mode="after")
     def _one_description(self) -> GenerateRequest:
         if (self.prompt is None) == (self.lesion is None):
-            found = "neither" if self.prompt is None else "both"
-            raise PydanticCustomError("description", f"give either prompt or lesion, not {found}")
+            both = "" if self.prompt is None else ", not both"
+            raise PydanticCustomError("description", f"give a prompt or a lesion{both}")
         return self
 
 

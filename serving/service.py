@@ -42,8 +42,6 @@ HERE = Path(__file__).resolve().parent.parent
 
 UNKNOWN_PATH = "/unknown"
 
-_IMPORTED = time.monotonic()
-
 
 class _Bounded(Service[Any]):  # type: ignore[misc]
     """BentoML's service without two things that grow with what strangers send.
@@ -111,6 +109,7 @@ class DermaFlux:
         from prometheus_client import REGISTRY
 
         _log_as_bentoml_does()
+        begin = time.monotonic()
         settings = Settings.from_environment(os.environ)
         bundle = Bundle.open(find_bundle(settings))
         forced: Mapping[str, Any] = {
@@ -126,8 +125,8 @@ class DermaFlux:
         card = card_of(bundle, choices, settings)
         self._app = create_app(pipeline, classifier, card, settings, REGISTRY)
         _mounted.app = self._app
-        seconds = time.monotonic() - _IMPORTED
-        logger.info("%s (%s) ready %.1f s after import", bundle.path.resolve(), bundle.id, seconds)
+        seconds = time.monotonic() - begin
+        logger.info("%s (%s) loaded in %.1f s", bundle.path.resolve(), bundle.id, seconds)
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:

@@ -76,11 +76,12 @@ def _loss(model: AutoencoderKL, images: Tensor, latents: Tensor, noise: float) -
     mean, spread = model.encoder(images).float().chunk(2, dim=1)
     spread = spread.clamp(-8, 2)
     likelihood = 0.5 * (spread + (mean - raw).square() * (-spread).exp()).mean()
-    return picture + sharp + 0.05 * likelihood
+    total: Tensor = picture + sharp + 0.05 * likelihood
+    return total
 
 
 def train(images: NDArray[np.uint8], basis: Basis, plan: Plan, file: Path) -> AutoencoderKL:
-    """Train on [N, S, S, 3] pictures in all orientations; returns the average; resumes from `file`."""
+    """Train on [N, S, S, 3] pictures in all orientations, or resume; returns the average."""
     torch.manual_seed(plan.seed)
     model, average = build(plan.channels), build(plan.channels)
     average.load_state_dict(model.state_dict())

@@ -72,14 +72,15 @@ def read(folder: Path, split: str | None = None) -> list[Sample]:
     if (folder / "metadata.jsonl").is_file():
         with (folder / "metadata.jsonl").open(encoding="utf-8") as lines:
             samples = [
-                _from_json(folder, json.loads(line), number)
+                _from_json(folder, line, number)
                 for number, line in enumerate(lines, 1)
                 if line.strip()
             ]
     elif (folder / "metadata.csv").is_file():
         with (folder / "metadata.csv").open(encoding="utf-8", newline="") as lines:
             samples = [
-                _from_csv(folder, row, number) for number, row in enumerate(csv.DictReader(lines), 2)
+                _from_csv(folder, row, number)
+                for number, row in enumerate(csv.DictReader(lines), 2)
             ]
     else:
         raise DatasetError(
@@ -92,8 +93,9 @@ def read(folder: Path, split: str | None = None) -> list[Sample]:
     return samples
 
 
-def _from_json(folder: Path, row: dict[str, object], number: int) -> Sample:
+def _from_json(folder: Path, line: str, number: int) -> Sample:
     try:
+        row: dict[str, object] = json.loads(line)
         lesion = Lesion.from_mapping(
             {name: row.get(name) for name in Lesion.__dataclass_fields__ if row.get(name)}
         )

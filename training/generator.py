@@ -1,4 +1,4 @@
-"""Train the embedded default's transformer and text encoders by flow matching, then distil guidance.
+"""Train the embedded default's generator by flow matching, then distil guidance.
 
 Two phases. In the first, captions are dropped now and then and the guidance embedding stands at 1,
 so that one network predicts velocity with and without its text. In the second the text encoders
@@ -185,12 +185,15 @@ class _Run:
         log.info("resumed %s at step %d, %.0f s in", file, self.step, self.seconds)
 
 
-def _optimizers(model: Generator | FluxTransformer2DModel, rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    model: Generator | FluxTransformer2DModel, rate: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer's blocks, AdamW for all the rest.
 
-    Muon's update is scaled to AdamW's size (Liu et al., arXiv 2502.16982), so one rate does for both.
+    Muon's update is scaled to AdamW's size (Liu et al., arXiv 2502.16982): one rate does for both.
     """
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = "transformer_blocks" in name and parameter.ndim == 2
         (matrices if inside and "norm" not in name else rest).append(parameter)
@@ -209,7 +212,9 @@ def _average_gradients(parameters: list[nn.Parameter], seconds: float) -> float:
     flat = torch.cat([g.flatten() for g in gradients] + [clock])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+    for gradient, mean in zip(
+        gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True
+    ):
         gradient.copy_(mean.view_as(gradient))
     return float(flat[-1])
 
@@ -301,7 +306,8 @@ def train(corpus: Corpus, architecture: Architecture, plan: Schedule, folder: Pa
                 guidance=ones,
                 return_dict=False,
             )[0]
-        return (velocity.float() - (noise - clean)).square().mean()
+        loss: Tensor = (velocity.float() - (noise - clean)).square().mean()
+        return loss
 
     _train(run, plan.hours, plan, folder / "generator.pt", loss_of)
     return average
@@ -366,7 +372,8 @@ def distil(teacher: Generator, corpus: Corpus, architecture: Architecture, plan:
                 guidance=weight,
                 return_dict=False,
             )[0]
-        return (velocity.float() - wanted).square().mean()
+        loss: Tensor = (velocity.float() - wanted).square().mean()
+        return loss
 
     _train(run, plan.distill_hours, plan, folder / "distilled.pt", loss_of)
     return average

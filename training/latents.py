@@ -33,7 +33,7 @@ def _dct_matrix() -> NDArray[np.float64]:
     k = np.arange(BLOCK)
     matrix = np.cos(np.pi * (2 * k[None] + 1) * k[:, None] / (2 * BLOCK)) * np.sqrt(2 / BLOCK)
     matrix[0] /= np.sqrt(2)
-    return matrix
+    return np.asarray(matrix)
 
 
 @dataclass(frozen=True)

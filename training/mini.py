@@ -1,10 +1,11 @@
 """The recipe of the embedded default: a small real Flux pipeline from real lesion images.
 
-    python -m training.mini --data ../shared/data/isic2017 --out models/mini
+    python -m training.mini --data DATASET --out models/mini
+    python -m training.vit --data DATASET --data OTHER --out models/mini/classifier
 
-runs every stage that is not done yet and assembles the checkpoint: latents, generator, distillation,
-autoencoder, folder. State lives in `--work` (default `runs/mini`); kill it and run it again.
-`--stage` runs one stage alone.
+The first runs every stage that is not done yet and assembles the checkpoint: latents, generator,
+distillation, autoencoder, folder. State lives in `--work` (default `runs/mini`): kill it and run it
+again. `--stage` runs one stage alone.
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL, FluxPipeline
 from numpy.typing import NDArray
+from PIL import Image
 from tokenizers import Tokenizer
+from torch.multiprocessing.spawn import spawn
 
 from dermaflux.errors import DermaFluxError
-from dermaflux.prompt import Lesion, caption
-from training import data, generator, latents
+from dermaflux.prompt import WORDING, Lesion, caption
+from training import autoencoder, checkpoint, data, generator, latents
 from training.words import train_tokenizer
 
 log = logging.getLogger(__name__)
 
-SIZE = 128
+SIZE = 128  # pixels a side
+STEPS, GUIDANCE = 20, 3.0
 VARIANTS = 24
 _RARE = {"black": 1.5, "blue gray": 1.0, "dark brown": 0.5}
 
@@ -144,26 +150,149 @@ def train_generator(
     (work / "rendezvous").unlink(missing_ok=True)
     arguments = (seen, architecture, plan, work)
     if plan.processes > 1:
-        torch.multiprocessing.spawn(_generator_stages, arguments, nprocs=plan.processes)
+        spawn(_generator_stages, arguments, nprocs=plan.processes)
     else:
         _generator_stages(0, *arguments)
 
 
+def finished(
+    prepared: Prepared, architecture: generator.Architecture, plan: generator.Schedule,
+    drawing: autoencoder.Plan, work: Path, out: Path,
+) -> dict[str, object]:  # fmt: skip
+    """Assemble the checkpoint from the saved stages; returns its provenance.
+
+    Raises:
+        DatasetError: a stage has not been trained yet.
+    """
+    model = generator.Generator(architecture)
+    phases = {}
+    for phase, name in (("first", "generator"), ("distilled", "distilled")):
+        if not (work / f"{name}.pt").is_file():
+            raise data.DatasetError(f"{work}/{name}.pt is missing: train it without --stage first")
+        state = torch.load(work / f"{name}.pt", weights_only=True)
+        target = model if phase == "first" else model.transformer
+        target.load_state_dict(state["average"])
+        phases[phase] = {
+            "steps": state["step"],
+            "seconds": round(state["seconds"]),
+            "loss": round(float(np.mean(state["losses"][-200:])), 4),
+        }
+    vae = autoencoder.train(prepared.images, prepared.basis, drawing, work / "autoencoder.pt")
+    provenance: dict[str, object] = {
+        "name": "mini",
+        "base": None,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wording": WORDING,
+        "defaults": {"steps": STEPS, "guidance": GUIDANCE, "height": SIZE, "width": SIZE,
+                     "text_length": architecture.text_length},
+        "licence": "Apache-2.0 (generator), CC-BY-NC-4.0 (classifier)",
+        "ingredients": [
+            {"name": "ISIC 2017 challenge, training split", "kind": "data",
+             "licence": "CC0-1.0", "attribution": "ISIC Archive; Codella et al. 2018",
+             "url": "https://challenge.isic-archive.com/data/#2017",
+             "used_for": "generator, autoencoder, classifier"},
+            {"name": "HAM10000, training split", "kind": "data", "licence": "CC-BY-NC-4.0",
+             "attribution": "ViDIR Group, Medical University of Vienna; Tschandl et al. 2018",
+             "url": "https://doi.org/10.7910/DVN/DBW86T", "used_for": "classifier"},
+        ],
+        "training": {
+            "recipe": "training.mini",
+            "architecture": dataclasses.asdict(architecture),
+            "schedule": dataclasses.asdict(plan),
+            "autoencoder": dataclasses.asdict(drawing),
+            "phases": phases,
+        },
+    }  # fmt: skip
+    checkpoint.write(out, model, vae, prepared.clip, prepared.t5, provenance)
+    return provenance
+
+
+SHEET = (
+    Lesion("benign", "nevus", "symmetric", "regular", ("light brown",), "small"),
+    Lesion("benign", "nevus", "symmetric", "regular", ("light brown", "dark brown"), "medium",
+           ("pigment network",)),
+    Lesion("benign", "seborrheic keratosis", "slightly asymmetric", "irregular",
+           ("light brown",), "large", ("milia-like cysts",)),
+    Lesion("malignant", "melanoma", "asymmetric", "irregular", ("light brown", "dark brown"),
+           "medium"),
+    Lesion("malignant", "melanoma", "asymmetric", "irregular", ("dark brown", "black"), "large"),
+    Lesion("malignant", "melanoma", None, None, ("light brown", "reddish"), "edge"),
+)  # fmt: skip
+"""The contact sheet's rows; its columns are seeds 0, 1, 2, ..., not chosen by hand."""
+
+
+def draw_sheet(folder: Path, file: Path, columns: int = 8) -> None:
+    """Sample the finished checkpoint in plain diffusers and save the contact sheet as PNG."""
+    pipeline = FluxPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    sheet = Image.new("RGB", (columns * (SIZE + 4), len(SHEET) * (SIZE + 4)), "white")
+    for row, lesion in enumerate(SHEET):
+        images = pipeline(
+            [caption(lesion)] * columns, height=SIZE, width=SIZE, num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE, max_sequence_length=pipeline.tokenizer.model_max_length,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(columns)],
+        ).images  # fmt: skip
+        for column, image in enumerate(images):
+            sheet.paste(image, (column * (SIZE + 4) + 2, row * (SIZE + 4) + 2))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file, optimize=True)
+
+
+def evaluate(prepared: Prepared, folder: Path, out: Path) -> dict[str, object]:
+    """Reconstruction of held-out pictures by the shipped autoencoder, mean PSNR in dB."""
+    vae = AutoencoderKL.from_pretrained(out / "vae").eval()
+    images = data.load_images(data.read(folder, "test"), SIZE)
+    linear = np.clip(prepared.basis.decode(prepared.basis.encode(images)), -1, 1)
+    error = np.square(linear - (images.astype(np.float32) / 127.5 - 1)).mean(axis=(1, 2, 3))
+    figures = {
+        "encode_decode": autoencoder.psnr(vae, images, encode=True, basis=prepared.basis),
+        "decode_exact_latents": autoencoder.psnr(vae, images, encode=False, basis=prepared.basis),
+        "linear_ceiling": float(np.mean(10 * np.log10(4 / error))),
+    }
+    return {
+        "test_images": len(images),
+        "psnr_db": {name: round(value, 2) for name, value in figures.items()},
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.mini", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/mini"))
-    parser.add_argument("--hours", type=float, default=1.5)
-    parser.add_argument("--distill-hours", type=float, default=0.2)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.mini", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, required=True, help="dataset folder (ISIC 2017)")
+    parser.add_argument("--out", type=Path, default=Path("models/mini"))
+    parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="state to resume from")
+    parser.add_argument("--sheet", type=Path, default=Path("docs/mini_samples.png"))
+    parser.add_argument(
+        "--stage", choices=("all", "generator", "assemble", "report"), default="all"
+    )
+    parser.add_argument("--hours", type=float, default=generator.Schedule.hours)
+    parser.add_argument("--distill-hours", type=float, default=generator.Schedule.distill_hours)
+    parser.add_argument("--autoencoder-hours", type=float, default=autoencoder.Plan.hours)
+    parser.add_argument("--processes", type=int, default=generator.Schedule.processes)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    options.work.mkdir(parents=True, exist_ok=True)
     architecture = generator.Architecture()
-    plan = generator.Schedule(hours=options.hours, distill_hours=options.distill_hours)
-    prepared = prepare(options.data, architecture)
-    seen = corpus(prepared)
-    log.info("latents %s, captions %s", tuple(seen.latents.shape), tuple(seen.texts.clip.shape))
-    train_generator(seen, architecture, plan, options.work)
+    plan = generator.Schedule(
+        hours=options.hours, distill_hours=options.distill_hours, processes=options.processes
+    )
+    drawing = autoencoder.Plan(hours=options.autoencoder_hours)
+    try:
+        options.work.mkdir(parents=True, exist_ok=True)
+        prepared = prepare(options.data, architecture)
+        if options.stage in ("all", "generator"):
+            train_generator(corpus(prepared), architecture, plan, options.work)
+        if options.stage in ("all", "assemble"):
+            finished(prepared, architecture, plan, drawing, options.work, options.out)
+        if options.stage != "generator":
+            figures = evaluate(prepared, options.data, options.out)
+            draw_sheet(options.out, options.sheet)
+            (options.out / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
+            print(json.dumps({"out": str(options.out), **figures}))
+    except (DermaFluxError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

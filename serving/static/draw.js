@@ -132,7 +132,7 @@ function showImage(image, wanted) {
     Steps: image.steps,
     ...(image.guidance === null ? {} : { Guidance: image.guidance }),
     Size: `${image.width} × ${image.height}`,
-    Engine: image.engine,
+    Engine: `${image.engine}, ${image.precision}`,
     Bundle: image.bundle,
   };
   byId("drawn-facts").replaceChildren(...Object.entries(facts).map(([name, value]) =>

@@ -25,7 +25,13 @@ function describe(card) {
   const engines = card.engines.map(({ part, engine, precision, reason }) =>
     [PARTS[part] ?? part, `${engine}, ${precision}: ${reason}`]);
   const licences = card.licences.map(({ name, licence, attribution }) => [name, licence, attribution]);
+  const parity = Object.entries(card.parity.images).flatMap(([precision, engines]) =>
+    Object.entries(engines).map(([engine, found]) => [
+      `${engine}, ${precision}`,
+      `median ${found.psnr_median_db} dB, worst ${found.psnr_worst_db} dB PSNR over ${found.prompts} images`,
+    ]));
   byId("about-content").append(list("What runs where", engines), list("Ingredients and licences", licences));
+  if (parity.length) byId("about-content").append(list("How close to the original model", parity));
 }
 
 try {

@@ -72,7 +72,7 @@ function show({ probability, threshold, abstain: [low, high], decision, bundle }
   const answer = byId("answer");
   answer.dataset.state = "full";
   answer.dataset.decision = decision;
-  const p = probability.toFixed(3);
+  const p = probability > 0.9995 ? "above 0.999" : probability < 0.0005 ? "below 0.001" : probability.toFixed(3);
   const because = {
     benign: `The calibrated probability of malignant is ${p}, below the threshold of ${threshold}.`,
     malignant: `The calibrated probability of malignant is ${p}, at or above the threshold of ${threshold}.`,

@@ -62,6 +62,21 @@ def test_what_is_no_flux_checkpoint_is_refused(folder, tmp_path):
         Checkpoint.open(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"defaults": {"steps": "20"}}, "defaults.steps needs an integer"),
+        ({"defaults": {"step": 20}}, "unknown key 'step'"),
+        ({"defaults": [20]}, "defaults needs an object"),
+        ({"name": None}, "no key 'name'"),
+    ],
+)
+def test_a_provenance_that_says_it_wrongly_is_refused(folder, changes, sentence):
+    edit(folder / "provenance.json", **changes)
+    with pytest.raises(BundleError, match=sentence):
+        Checkpoint.open(folder)
+
+
 def test_a_classifier_that_we_would_read_wrongly_is_refused(folder):
     path = folder / "classifier/config.json"
     config = json.loads(path.read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dermaflux.bundle import Bundle
+from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from export.__main__ import main
 from tests.tiny import write_checkpoint
 
@@ -22,12 +22,12 @@ def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def schnell(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Without guidance and classifier, in fp32."""
+    """Without guidance, classifier and VAE encoder, in fp32."""
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("schnell"), guided=False)
     for file in (checkpoint / "classifier").iterdir():
         file.unlink()
     (checkpoint / "classifier").rmdir()
-    arguments = ["--prompts", "2", "--precision", "fp32"]
+    arguments = ["--prompts", "2", "--precision", "fp32", "--parts", ",".join(GENERATOR_PARTS)]
     return _once(tmp_path_factory, "schnell_bundle", checkpoint, arguments)
 
 

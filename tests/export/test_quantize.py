@@ -1,4 +1,4 @@
-"""int8 is symmetric, per channel, standard, where it was wanted, the same every time, and active."""
+"""int8 is symmetric, per channel, standard, where it was wanted, repeatable, and active."""
 
 from __future__ import annotations
 

@@ -40,9 +40,14 @@ def test_an_earlier_one_is_replaced_whole(tmp_path):
 @pytest.mark.parametrize("failure", [BundleError("refused"), KeyboardInterrupt(), SystemExit(143)])
 def test_a_failure_leaves_the_earlier_one(tmp_path, failure):
     target = _bundle(tmp_path / "bundle", "old")
-    with pytest.raises(type(failure)), staged(target) as folder:
-        (folder / "bundle.json").write_text("new")
-        raise failure
+
+    def fail():
+        with staged(target) as folder:
+            (folder / "bundle.json").write_text("new")
+            raise failure
+
+    with pytest.raises(type(failure)):
+        fail()
     assert (target / "bundle.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -77,9 +82,9 @@ def test_what_is_not_a_bundle_is_left_alone(tmp_path):
 
 def test_a_place_that_takes_no_files_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match=r"cannot be written to .*another --out"):
-        with staged(tmp_path / "file/bundle"):
-            pass
+    place = staged(tmp_path / "file/bundle")
+    with pytest.raises(BundleError, match=r"cannot be written to .*another --out"), place:
+        pass
 
 
 def _umask() -> int:

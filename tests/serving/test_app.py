@@ -11,7 +11,7 @@ import pytest
 from dermaflux.prompt import VOCABULARY
 from serving.app import SECURITY_HEADERS, STATIC, SYSTEM_PATHS, paths
 from serving.settings import SettingError, Settings
-from tests.serving.conftest import Live, running
+from tests.serving.live import Live, running
 from tests.serving.test_generate import error
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from tests.serving.conftest import Live, picture, running
+from tests.serving.live import Live, picture, running
 from tests.serving.test_generate import error
 
 

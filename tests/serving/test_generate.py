@@ -17,7 +17,7 @@ from PIL import Image
 
 from dermaflux.errors import EngineError
 from dermaflux.images import read_marks
-from tests.serving.conftest import Live, running, until
+from tests.serving.live import Live, running, until
 
 PROMPT = "dermoscopic image of a benign lesion"
 
@@ -264,6 +264,18 @@ def test_stream_tells_every_step_then_the_same_image(live: Live) -> None:
         "prompt_tokens": 6,
         "text_length": 16,
     }
+
+
+def test_stream_is_not_silent_for_long(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.generate.STILL_HERE_SECONDS", 0.05)
+    with (
+        live.brake.closed(),
+        live.client.stream("POST", "/v1/generate/stream", json={"prompt": PROMPT}) as reply,
+    ):
+        lines = reply.iter_lines()
+        assert ": still here" in (next(lines) for _ in range(20))
+        live.brake.open.set()
+        assert "event: image" in list(lines)
 
 
 def test_stream_tells_failures_in_band() -> None:

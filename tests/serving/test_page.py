@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from dermaflux.images import read_marks
-from tests.serving.conftest import Live, picture, running, until
+from tests.serving.live import Live, picture, running, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # No sandbox: tests run as root in containers. The others keep the browser from calling home.
@@ -207,7 +207,7 @@ def test_photograph_is_judged_in_words_and_on_a_scale(page: Page) -> None:
     expect(page.locator("#because")).to_contain_text("at or above the threshold of 0.4")
     scale = page.get_by_role("img", name="Scale from 0")
     expect(scale).to_have_accessible_name(
-        "Scale from 0, benign, to 1, malignant. Probability 1.000. Threshold 0.4. "
+        "Scale from 0, benign, to 1, malignant. Probability above 0.999. Threshold 0.4. "
         "No decision from 0.3 to 0.5."
     )
     track = page.locator(".track").bounding_box()

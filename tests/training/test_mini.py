@@ -1,0 +1,138 @@
+"""The recipe end to end on a tiny architecture: train, resume, assemble, open, draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from transformers import AutoTokenizer
+
+from dermaflux.pipeline import Pipeline
+from dermaflux.prompt import Lesion, caption
+from training import autoencoder, checkpoint, data, generator, mini, words
+
+TINY = generator.Architecture(
+    double_layers=1, single_layers=1, heads=1, head_width=16, rope_axes=(4, 6, 6),
+    text_width=32, text_layers=1, text_length=24, vocabulary=320,
+)  # fmt: skip
+SECOND = 1 / 3600
+PLAN = generator.Schedule(
+    hours=3 * SECOND, distill_hours=2 * SECOND, batch=4, warmup=1, processes=1
+)
+DRAWING = autoencoder.Plan(hours=2 * SECOND, batch=2, warmup=1, channels=(8, 8, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    work, out = (tmp_path_factory.mktemp(name) for name in ("work", "checkpoint"))
+    prepared = mini.prepare(dataset, TINY)
+    mini.train_generator(mini.corpus(prepared), TINY, PLAN, work)
+    mini.finished(prepared, TINY, PLAN, DRAWING, work, out)
+    return work, out
+
+
+def test_plain_diffusers_opens_what_is_made(trained: tuple[Path, Path]) -> None:
+    pipeline = FluxPipeline.from_pretrained(trained[1])
+    assert pipeline.tokenizer.model_max_length == TINY.text_length
+    image = pipeline(
+        "dermoscopic image of a benign lesion", height=32, width=48, num_inference_steps=2,
+        max_sequence_length=TINY.text_length, output_type="np",
+    ).images[0]  # fmt: skip
+    assert image.shape == (32, 48, 3)
+    assert np.isfinite(image).all()
+
+
+def test_our_pipeline_opens_it_with_its_own_defaults(trained: tuple[Path, Path]) -> None:
+    pipeline = Pipeline.from_checkpoint(trained[1])
+    assert (pipeline.defaults.steps, pipeline.defaults.guidance) == (mini.STEPS, mini.GUIDANCE)
+    assert pipeline.model.text_length == TINY.text_length
+
+
+def test_tokenizers_agree_with_transformers(trained: tuple[Path, Path]) -> None:
+    ours = Pipeline.from_checkpoint(trained[1]).tokenizers
+    for folder in ("tokenizer", "tokenizer_2"):
+        theirs = AutoTokenizer.from_pretrained(trained[1] / folder)
+        for text in ("", "A Melanoma, dark brown", "größe 痣 \t🙂", "black " * 90):
+            expected = theirs(
+                text, padding="max_length", max_length=TINY.text_length, truncation=True
+            ).input_ids
+            assert ours[folder].ids([text])[0].tolist() == expected
+
+
+def test_a_run_resumes_where_it_stopped(dataset: Path, trained: tuple[Path, Path]) -> None:
+    work, _ = trained
+    before = torch.load(work / "generator.pt", weights_only=True)
+    seen = mini.corpus(mini.prepare(dataset, TINY))
+    model = generator.train(seen, TINY, PLAN, work)
+    after = torch.load(work / "generator.pt", weights_only=True)
+    assert after["step"] == before["step"]  # its time was spent already
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before["average"][name])
+
+
+def test_two_processes_share_a_batch(dataset: Path, tmp_path: Path) -> None:
+    seen = mini.corpus(mini.prepare(dataset, TINY))
+    plan = dataclasses.replace(PLAN, processes=2)
+    mini.train_generator(seen, TINY, plan, tmp_path)
+    state = torch.load(tmp_path / "distilled.pt", weights_only=True)
+    assert state["step"] >= 1
+    assert np.isfinite(state["losses"]).all()
+
+
+def test_guidance_of_one_is_the_text_alone() -> None:
+    torch.manual_seed(0)
+    model = generator.Generator(TINY).eval()
+    ids = torch.zeros(4, 3)
+    noisy, sigma = torch.randn(2, 4, 64), torch.rand(2)
+    hidden, pooled = model.encode(*[torch.randint(4, 200, (2, TINY.text_length))] * 2)
+    empty = tuple(value[:1] * 0 for value in (hidden, pooled))
+    alone = model.transformer(
+        hidden_states=noisy, encoder_hidden_states=hidden, pooled_projections=pooled,
+        timestep=sigma, img_ids=ids, txt_ids=torch.zeros(TINY.text_length, 3),
+        guidance=torch.ones(2), return_dict=False,
+    )[0]  # fmt: skip
+    guided = generator.guided(model, hidden, pooled, noisy, sigma, torch.ones(2), ids, empty)
+    assert torch.allclose(guided, alone, atol=1e-5)
+    stronger = generator.guided(model, hidden, pooled, noisy, sigma, 3 * torch.ones(2), ids, empty)
+    assert not torch.allclose(stronger, alone, atol=1e-3)
+
+
+def test_captions_with_attributes_left_out() -> None:
+    lesion = Lesion("malignant", "melanoma", "asymmetric", "irregular", ("black",), "large")
+    variants = mini.caption_variants(lesion, 200, np.random.default_rng(0))
+    assert variants.count(caption(lesion)) > 80
+    assert len(set(variants)) > 10
+    assert all("malignant" in text for text in variants)
+
+
+def test_missing_state_and_missing_data_are_said(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = ["--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]
+    assert mini.main(["--data", str(tmp_path / "none"), *work]) == 2
+    assert "metadata.jsonl" in capsys.readouterr().err
+    assert mini.main(["--data", str(dataset), "--stage", "assemble", *work]) == 2
+    assert "generator.pt is missing" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_checkpoint_keeps_what_stands_beside_it(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "classifier").mkdir()
+    (tmp_path / "classifier" / "config.json").write_text("{}")
+    texts = [caption(sample.lesion) for sample in data.read(dataset)]
+    clip, t5 = (
+        words.train_tokenizer(texts, length=24, vocabulary=320, begin=begin)
+        for begin in (True, False)
+    )
+    for name in ("first", "second"):
+        checkpoint.write(
+            tmp_path, generator.Generator(TINY), autoencoder.build((8, 8, 8, 8)), clip, t5,
+            {"name": name},
+        )  # fmt: skip
+    assert json.loads((tmp_path / "provenance.json").read_text()) == {"name": "second"}
+    assert (tmp_path / "classifier" / "config.json").is_file()

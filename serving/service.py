@@ -22,9 +22,10 @@ import bentoml
 # BentoML's own class of services, for its parameter `service_class`; it has no public address.
 from _bentoml_sdk import Service  # type: ignore[import-untyped]
 
-from dermaflux.bundle import Bundle
+from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from dermaflux.classifier import Classifier
-from dermaflux.errors import BundleError, DermaFluxError
+from dermaflux.engines import EAGER, choose
+from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
 from serving.app import create_app, paths
 from serving.card import card_of
@@ -82,10 +83,7 @@ class _Mounted:
 _mounted = _Mounted()
 
 
-@bentoml.service(
-    name="dermaflux",
-    service_class=_Bounded,
-)
+@bentoml.service(name="dermaflux", service_class=_Bounded)
 @bentoml.asgi_app(_mounted, path="/")
 class DermaFlux:
     """Draws synthetic skin lesions and classifies photographs of lesions. Research use only."""
@@ -93,13 +91,17 @@ class DermaFlux:
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def check() -> None:
-        """Before any worker starts: refuse wrong settings and a bundle that is not there.
+        """Before any worker starts: refuse wrong settings, and a bundle or engine that is not there.
 
         A worker that cannot start would be started again and again.
         """
         try:
             settings = Settings.from_environment(os.environ)
-            Bundle.open(find_bundle(settings))
+            bundle = Bundle.open(find_bundle(settings))
+            if settings.engine == EAGER:
+                raise EngineError("the eager engine runs a checkpoint; the service runs bundles")
+            for part in (*GENERATOR_PARTS, *(["classifier"] if bundle.classifier else [])):
+                choose(bundle, part, settings.engine, settings.precision)
         except DermaFluxError as error:
             sys.exit(f"error: {error}")
 

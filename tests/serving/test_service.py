@@ -27,13 +27,12 @@ START_SECONDS = 5.0
 
 START = """
 import os, sys, time
-wall, cpu = time.monotonic(), time.process_time()
+begin = time.monotonic()
 from serving.service import DermaFlux
 from starlette.testclient import TestClient
 with TestClient(DermaFlux.to_asgi()) as client:
     assert client.get("/readyz").status_code == 200
-    # The lesser of the two, since a busy machine stretches one and several threads the other.
-    print("ready", min(time.monotonic() - wall, time.process_time() - cpu))
+    print("ready", time.monotonic() - begin)
     assert client.post("/v1/generate", json={"prompt": "a lesion", "steps": 1}).status_code == 200
     image = open(sys.argv[1], "rb").read()
     reply = client.post("/v1/classify", content=image, headers={"content-type": "image/png"})
@@ -87,8 +86,12 @@ def test_service_runs_without_torch(tiny_bundle: Bundle, tmp_path: Path) -> None
 def test_service_is_ready_within_seconds_on_the_embedded_default(
     bundle: Path, tmp_path: Path
 ) -> None:
-    # Whatever else the machine does, one of three is left alone.
-    assert any(start(bundle, tmp_path) < START_SECONDS for _ in range(3))
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores:
+        pytest.skip(f"the machine is busy with other work: load {load:.1f} on {cores} cores")
+    took = [start(bundle, tmp_path) for _ in range(2)]
+    # The first may read everything from a cold disk.
+    assert min(took) < START_SECONDS, took
 
 
 @pytest.mark.parametrize(
@@ -96,18 +99,22 @@ def test_service_is_ready_within_seconds_on_the_embedded_default(
     [
         ({"DERMAFLUX_BUNDLE": "nowhere"}, "Make it with: python -m export"),
         ({"DERMAFLUX_WAITING": "many"}, "DERMAFLUX_WAITING is 'many'; it needs a whole number"),
+        ({"DERMAFLUX_ENGINE": "abacus"}, "engine 'abacus' is not known"),
+        ({"DERMAFLUX_ENGINE": "eager"}, "the eager engine runs a checkpoint"),
+        ({"DERMAFLUX_PRECISION": "int1"}, "precision 'int1' is not in"),
     ],
 )
 def test_start_that_cannot_be_ends_in_one_sentence(
-    tmp_path: Path, variables: dict[str, str], sentence: str
+    tiny_bundle: Bundle, tmp_path: Path, variables: dict[str, str], sentence: str
 ) -> None:
+    variables = {"DERMAFLUX_BUNDLE": str(tiny_bundle.path), **variables}
     done = subprocess.run(
         [*BENTOML, "serve", "serving.service:DermaFlux", "--port", str(free_port())],
         cwd=ROOT,
         env=environment(tmp_path, **variables),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 1
     assert sentence in done.stderr

@@ -136,6 +136,11 @@ class Bundle:
         identity = hashlib.sha256(text).hexdigest()[:16]
         bundle = read(cls, content, MANIFEST, path=folder, id=identity)
         bundle._check_content()
+        try:
+            json.dumps(content, allow_nan=False)
+        except ValueError:
+            # Python reads and writes NaN; a browser that is sent the provenance does not.
+            raise BundleError(f"{MANIFEST} has a number that is not finite") from None
         return bundle
 
     def _check_content(self) -> None:

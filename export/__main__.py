@@ -77,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = _parse(arguments)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
-    # So that an export that is stopped takes its unfinished folder with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.monotonic()
     try:
         bundle = export(settings)
@@ -140,7 +138,9 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
         example = shapes.examples(checkpoint, part, shapes.sizes(checkpoint)[1])
         trace.trace(reference.modules[part], example, graph)
         verify.standard(graph)
-        graphs.append(verify.part(graph, part, "fp32", reference.cases[part]))
+        graphs.append(
+            verify.part(graph, part, "fp32", [*reference.seen[part], *reference.sized[part]])
+        )
         say(f"{part} traced, {graphs[-1].parity.relative:.1e} from eager")
     if "int8" in settings.precision:
         # Other prompts and seeds than those that are compared.
@@ -151,7 +151,7 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
             graph = folder / part / verify.FILES["int8"]
             products = quantize.quantize(folder / part / verify.FILES["fp32"], graph, samples[part])
             verify.standard(graph)
-            graphs.append(verify.part(graph, part, "int8", reference.cases[part]))
+            graphs.append(verify.part(graph, part, "int8", reference.seen[part]))
             verify.require_active(graphs[-1], products)
             say(f"{part} quantized, {products} products in int8")
     parity, golden, rows = _compare(folder, settings, checkpoint, reference)
@@ -166,7 +166,7 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
     kept = {name: _plain(value) for name, value in asdict(settings).items()}
     write_manifest(
         folder,
-        manifest.content(folder, kept, checkpoint, reference.cases, graphs, parity, golden),
+        manifest.content(folder, kept, checkpoint, reference.sized, graphs, parity, golden),
     )
 
 
@@ -189,7 +189,7 @@ def _compare(
         first += [ratios[0] for ratios in found.values()]
         graph = folder / "classifier" / verify.FILES[precision]
         if graph.exists():
-            cases = reference.cases["classifier"]
+            cases = reference.seen["classifier"]
             changes = verify.probabilities(checkpoint, graph, precision, cases)
             classifier[precision] = ClassifierParity(max(changes.values()))
             bound = PROBABILITY_TOLERANCE[precision]
@@ -273,4 +273,6 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    # So that an export that is stopped takes its unfinished folder with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -32,7 +32,10 @@ def content(
     parity: Parity,
     golden: Golden,
 ) -> dict[str, Any]:
-    """Plain JSON values, for `dermaflux.bundle.write_manifest`."""
+    """Plain JSON values, for `dermaflux.bundle.write_manifest`.
+
+    The parts are those of `cases`, whose arrays are in the order of the graph's tensors.
+    """
     provenance = checkpoint.provenance
     made_with = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {
@@ -43,9 +46,8 @@ def content(
         "parts": {
             name: asdict(
                 Part(
-                    # The last case is an example, whose tensors are in the graph's order.
-                    inputs=tuple(describe(*item) for item in cases[name][-1].inputs.items()),
-                    outputs=tuple(describe(*item) for item in cases[name][-1].outputs.items()),
+                    inputs=tuple(describe(*item) for item in cases[name][0].inputs.items()),
+                    outputs=tuple(describe(*item) for item in cases[name][0].outputs.items()),
                     files={g.precision: _file(folder, g) for g in graphs if g.part == name},
                 )
             )

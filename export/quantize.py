@@ -30,7 +30,7 @@ from dermaflux.checkpoint import Checkpoint
 from dermaflux.engines import Arrays
 from dermaflux.pipeline import Request
 from export import verify
-from export.reference import seen
+from export.reference import as_inputs
 
 PARTS: Final = ("transformer", "classifier")
 """Parts that int8 is worth it for: the others run once an image, or not at all."""
@@ -60,7 +60,7 @@ def calibrate(
     images = pipeline.generate(requests)
     samples = {"transformer": [case.inputs for case in recorder.cases]}
     if checkpoint.classifier is not None:
-        samples["classifier"] = [seen(checkpoint, "classifier", images)]
+        samples["classifier"] = [as_inputs(checkpoint, "classifier", images)]
     return samples
 
 

@@ -2,7 +2,7 @@
 
 >>> reference = Reference.make(checkpoint, PARTS, requests)
 >>> reference.images[0]                    # uint8 [height, width, 3]
->>> reference.cases["transformer"][0]      # inputs and outputs of one step of one batch
+>>> reference.seen["transformer"][0]       # inputs and outputs of one step of one batch
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dermaflux.classifier import preprocess
 from dermaflux.engines import Arrays, eager
 from dermaflux.flow import Schedule
 from dermaflux.pipeline import Pipeline, Request
-from dermaflux.tokens import Tokens
 from export.parity import Case, Pixels, Recorder, thinned
 from export.prompts import captions
 from export.shapes import examples, sizes
@@ -33,10 +32,15 @@ MOST_CASES: Final = 6
 
 @dataclass(frozen=True)
 class Reference:
-    """Eager parts by name (the modules of `cases`, still to be traced), and what they made."""
+    """Eager parts, still to be traced, and what they made.
+
+    `seen` are the cases of each part while the images were made, `sized` those of random arrays of
+    other sizes. Both test a graph in fp32; int8 has ranges, so only what the model sees tests it.
+    """
 
     modules: Mapping[str, nn.Module]
-    cases: Mapping[str, Sequence[Case]]
+    seen: Mapping[str, Sequence[Case]]
+    sized: Mapping[str, Sequence[Case]]
     requests: Sequence[Request]
     images: Sequence[Pixels]
 
@@ -50,24 +54,40 @@ class Reference:
             BundleError: tensors are missing from the weights.
             EngineError: weights do not fit their config.
         """
-        recorders: dict[str, Recorder] = {}
+        engines = {part: eager.load(checkpoint.path, part) for part in parts}
         modules: dict[str, nn.Module] = {}
-        for part in parts:
-            engine = eager.load(checkpoint.path, part)
+        for part, engine in engines.items():
             assert isinstance(engine.model, nn.Module)
             require_weights(part, engine.model, checkpoint.path)
-            modules[part], recorders[part] = engine.model, Recorder(engine)
-        generator = {part: recorders[part] for part in GENERATOR_PARTS}
-        images = pipeline(checkpoint, eager.tokenizers(checkpoint), generator).generate(requests)
-        for part in set(parts) - set(GENERATOR_PARTS):
-            recorders[part].run(seen(checkpoint, part, images))
-        cases = {}
-        for part, recorder in recorders.items():
-            recorder.cases = thinned(recorder.cases, MOST_CASES)
-            for size in sizes(checkpoint):
-                recorder.run(examples(checkpoint, part, size))
-            cases[part] = recorder.cases
-        return cls(modules, cases, requests, images)
+            modules[part] = engine.model
+        recorders = {part: Recorder(engine) for part, engine in engines.items()}
+        pipeline = Pipeline(
+            checkpoint.model,
+            Schedule.from_config(checkpoint.scheduler),
+            checkpoint.limits,
+            checkpoint.defaults,
+            eager.tokenizers(checkpoint),
+            {part: recorders[part] for part in GENERATOR_PARTS},
+        )
+        images = pipeline.generate(requests)
+        for part in parts:
+            if part not in GENERATOR_PARTS:
+                recorders[part].run(as_inputs(checkpoint, part, images))
+        return cls(
+            modules=modules,
+            seen={
+                part: thinned(recorder.cases, MOST_CASES) for part, recorder in recorders.items()
+            },
+            sized={
+                part: [
+                    Case(inputs, engine.run(inputs))
+                    for inputs in (examples(checkpoint, part, size) for size in sizes(checkpoint))
+                ]
+                for part, engine in engines.items()
+            },
+            requests=requests,
+            images=images,
+        )
 
 
 def requests(checkpoint: Checkpoint, count: int, seed: int) -> list[Request]:
@@ -88,23 +108,7 @@ def requests(checkpoint: Checkpoint, count: int, seed: int) -> list[Request]:
     return [replace(r, seed=1_000_000 * (seed + 1) + index) for index, r in enumerate(asked)]
 
 
-def pipeline(
-    checkpoint: Checkpoint,
-    tokenizers: Mapping[str, Tokens],
-    engines: Mapping[str, Recorder],
-) -> Pipeline:
-    """A pipeline with the checkpoint's settings over any engines."""
-    return Pipeline(
-        checkpoint.model,
-        Schedule.from_config(checkpoint.scheduler),
-        checkpoint.limits,
-        checkpoint.defaults,
-        tokenizers,
-        engines,
-    )
-
-
-def seen(checkpoint: Checkpoint, part: str, images: Sequence[Pixels]) -> Arrays:
+def as_inputs(checkpoint: Checkpoint, part: str, images: Sequence[Pixels]) -> Arrays:
     """Images as the VAE encoder or the classifier is given them."""
     if part == "vae_encoder":
         pixels = np.stack(images).transpose(0, 3, 1, 2)

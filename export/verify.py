@@ -1,7 +1,7 @@
 """The exported files as the engines run them, compared with eager torch.
 
 >>> verify.standard(graph)                                # refuses what some engine lacks
->>> found = verify.part(graph, "transformer", "fp32", reference.cases["transformer"])
+>>> found = verify.part(graph, "transformer", "fp32", reference.seen["transformer"])
 >>> found.parity.relative
 4.1e-06
 """

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,7 @@ class DermaFlux:
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def check() -> None:
-        """Before any worker starts: refuse wrong settings, and a bundle or engine that is not there.
+        """Before any worker starts: refuse settings, bundles and engines that cannot be had.
 
         A worker that cannot start would be started again and again.
         """
@@ -119,8 +120,11 @@ class DermaFlux:
             "precision": settings.precision,
             "threads": settings.threads,
         }
-        pipeline = Pipeline.open(bundle, **forced)
-        classifier = Classifier.open(bundle, **forced) if bundle.classifier else None
+        # Beside each other: opening a graph is mostly the work of one core.
+        with ThreadPoolExecutor(1) as pool:
+            scorer = pool.submit(Classifier.open, bundle, **forced) if bundle.classifier else None
+            pipeline = Pipeline.open(bundle, **forced)
+            classifier = scorer.result() if scorer else None
         choices = [*pipeline.choices.values()]
         if classifier is not None and classifier.choice is not None:
             choices.append(classifier.choice)

@@ -36,6 +36,7 @@ from training.words import train_tokenizer
 log = logging.getLogger(__name__)
 
 SIZE = 128  # pixels a side
+STAGES = ("all", "generator", "autoencoder", "assemble", "report")
 STEPS, GUIDANCE = 20, 3.0
 VARIANTS = 24
 _RARE = {"black": 1.5, "blue gray": 1.0, "dark brown": 0.5}
@@ -264,9 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("models/mini"))
     parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="state to resume from")
     parser.add_argument("--sheet", type=Path, default=Path("docs/mini_samples.png"))
-    parser.add_argument(
-        "--stage", choices=("all", "generator", "assemble", "report"), default="all"
-    )
+    parser.add_argument("--stage", choices=STAGES, default="all")
     parser.add_argument("--hours", type=float, default=generator.Schedule.hours)
     parser.add_argument("--distill-hours", type=float, default=generator.Schedule.distill_hours)
     parser.add_argument("--autoencoder-hours", type=float, default=autoencoder.Plan.hours)
@@ -283,9 +282,13 @@ def main(arguments: list[str] | None = None) -> int:
         prepared = prepare(options.data, architecture)
         if options.stage in ("all", "generator"):
             train_generator(corpus(prepared), architecture, plan, options.work)
+        if options.stage == "autoencoder":
+            autoencoder.train(
+                prepared.images, prepared.basis, drawing, options.work / "autoencoder.pt"
+            )
         if options.stage in ("all", "assemble"):
             finished(prepared, architecture, plan, drawing, options.work, options.out)
-        if options.stage != "generator":
+        if options.stage in ("all", "assemble", "report"):
             figures = evaluate(prepared, options.data, options.out)
             draw_sheet(options.out, options.sheet)
             (options.out / "report.json").write_text(json.dumps(figures, indent=2) + "\n")

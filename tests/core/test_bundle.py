@@ -64,6 +64,10 @@ DAMAGES = {
     "a share for an integer": (lambda m: m["defaults"].update(steps=4.5), "needs an integer"),
     "a bool for an integer": (lambda m: m["defaults"].update(steps=True), "needs an integer"),
     "not a number": (lambda m: m["model"].update(scaling_factor=float("nan")), "finite number"),
+    "not a number in free form": (
+        lambda m: m["provenance"].update(loss=float("inf")),
+        "a number that is not finite",
+    ),
     "a list too short": (lambda m: m["classifier"].update(abstain=[0.3]), "needs 2 values, not 1"),
     "an unknown part": (
         lambda m: m["parts"].update(x=m["parts"]["transformer"]),

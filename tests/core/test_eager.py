@@ -19,6 +19,15 @@ diffusers = pytest.importorskip("diffusers")
 FORMS = [{}, {"guided": False}, {"shifting": False}]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small take longer to share out than to compute, most of all on busy cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=FORMS, ids=["dev", "schnell", "static shift"])
 def any_checkpoint(request: pytest.FixtureRequest, tmp_path_factory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), **request.param)

@@ -83,7 +83,7 @@ class Brake:
         until(lambda: self.steps >= steps)
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait until `condition` holds; a test fails if it never does."""
     end = time.monotonic() + seconds
     while not condition():

@@ -27,6 +27,9 @@ OPTIONS = [
     "--disable-sync",
 ]
 
+# A busy machine takes its time; a test that passes does not wait for it.
+expect.set_options(timeout=20_000)
+
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium is not installed; apt-get install chromium"
 )

@@ -114,7 +114,7 @@ def test_start_that_cannot_be_ends_in_one_sentence(
         env=environment(tmp_path, **variables),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
     )
     assert done.returncode == 1
     assert sentence in done.stderr
@@ -190,7 +190,7 @@ def served(home: Path, folder: Path) -> Iterator[tuple[httpx.Client, Path]]:
     address = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
-            until(lambda: process.poll() is not None or ready(client), seconds=90)
+            until(lambda: process.poll() is not None or ready(client), seconds=180)
             assert process.poll() is None, log.read_text()
             yield client, log
     finally:

@@ -124,9 +124,13 @@ def export(settings: Settings) -> Bundle:
 
 def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Sequence[str]) -> None:
     """All of the bundle into its folder: settings, graphs, golden image, manifest."""
+    from transformers.utils import logging as transformers_logging
+
     from export import manifest, quantize, shapes, source, trace, verify
     from export.reference import Reference, requests
 
+    # A bar for every part that takes a tenth of a second to load.
+    transformers_logging.disable_progress_bar()
     say = _clock()
     asked = requests(checkpoint, settings.prompts, settings.seed)
     reference = Reference.make(checkpoint, parts, asked)
@@ -157,9 +161,9 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
     parity, golden, rows = _compare(folder, settings, checkpoint, reference)
     say("images compared")
     rows = [row for graph in graphs for row in graph.rows] + rows
+    require(rows)
     for row in rows:
         log.info("  %s", row)
-    require(rows)
     (folder / golden.image).write_bytes(
         encode_png(reference.images[0], {k: str(v) for k, v in golden.request.items()})
     )

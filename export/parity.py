@@ -2,8 +2,9 @@
 
 Tolerances and their reasons:
 
-* fp32 parts, 1e-4 of the largest output: float32 sums of a few thousand terms in another order
-  differ by 1e-6 to 1e-5; a wrong operator, epsilon or layout by 1e-3 and more.
+* fp32 parts, 5e-4 of the largest output: a wrong operator, epsilon or layout makes 1e-3 and more.
+  Float32 sums in another order make 1e-6 to 1e-5, and those over the two million numbers that a
+  group norm of a VAE sees at 1024 pixels were measured at 1.5e-4.
 * fp32 images, a median of 60 dB: where one byte in fifteen differs by one level of 255.
 * int8 parts, a quarter of the largest output: a guard against broken ranges only, since the error
   of a single step says little of the image.
@@ -31,7 +32,7 @@ from dermaflux.errors import DermaFluxError
 
 Pixels = NDArray[np.uint8]
 
-PART_TOLERANCE: Final[Mapping[str, float]] = {"fp32": 1e-4, "int8": 0.25}
+PART_TOLERANCE: Final[Mapping[str, float]] = {"fp32": 5e-4, "int8": 0.25}
 IMAGE_TOLERANCE_DB: Final[Mapping[str, float]] = {"fp32": 60.0, "int8": 30.0}
 PROBABILITY_TOLERANCE: Final[Mapping[str, float]] = {"fp32": 0.001, "int8": 0.05}
 WORST_BELOW_MEDIAN_DB: Final = 10.0

@@ -1,12 +1,13 @@
 """A part in torch -> an ONNX graph of standard operators, in fp32.
 
 `torch.onnx.export(dynamo=True)` at opset 23, the first with RotaryEmbedding, Attention and
-RMSNormalization: a Flux block is then a few dozen nodes that engines have kernels for, where opset
-20 spells them out.
+RMSNormalization, which engines have kernels for; opset 20 spells them out.
 
 Two things of diffusers' transformer are said in other words before tracing, with equal results
 (the tests compare): positions are computed in float32 instead of float64, which most engines do
-not have, and rotation is the operator RotaryEmbedding instead of stacked slices.
+not have, and rotation is the operator RotaryEmbedding instead of stacked slices. A step of a
+transformer of 9 M parameters at batch 4, OpenVINO on one core: 90 ms at opset 20, 86 ms at opset
+23, 73 ms with RotaryEmbedding; in int8 on two cores 38 ms without it and 28 ms with it.
 
     >>> trace(eager.module(Path("models/mini"), "transformer"), inputs, Path("model.onnx"))
 """

@@ -51,7 +51,7 @@ class Recipe:
     size: int = 128  # pixels a side
     hours: float = 0.25
     batch: int = 64
-    rate: float = 1.5e-3
+    rate: float = 1e-3
     weight_decay: float = 0.05
     label_smoothing: float = 0.05
     ema: float = 0.998
@@ -102,22 +102,26 @@ def train(samples: list[data.Sample], recipe: Recipe) -> nn.Module:
     model, average = (build(recipe) for _ in range(2))
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    other = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay},
-         {"params": other, "weight_decay": 0.0}], lr=recipe.rate, betas=(0.9, 0.98),
-    )  # fmt: skip
+    # Muon for the matrices of the blocks, AdamW for the rest, at one rate, as in the generator.
+    matrices = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices, lr=recipe.rate, weight_decay=recipe.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(others, lr=recipe.rate, weight_decay=recipe.weight_decay),
+    ]  # fmt: skip
     augment = _augmentation(recipe.size)
     budget, started, step = recipe.hours * 3600, time.monotonic(), 0
     losses: list[float] = []
     with tqdm(total=round(budget), unit="s", desc="vit") as bar:
         while (seconds := time.monotonic() - started) < budget:
             left = 1 - seconds / budget
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate * min(1.0, (step + 1) / 200, left / 0.7)
             rows = torch.multinomial(weights, recipe.batch, replacement=True)
-            batch = torch.stack([augment(image) for image in images[rows]]).float() / 255
+            # One draw of the augmentation for every eight images: it costs as much as the network.
+            batch = torch.cat([augment(some) for some in images[rows].split(8)]).float() / 255
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(_normalized(batch))
             loss = F.cross_entropy(
@@ -125,8 +129,11 @@ def train(samples: list[data.Sample], recipe: Recipe) -> nn.Module:
             )
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate * min(1.0, (step + 1) / 50, left / 0.7)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             decay = min(recipe.ema, (1 + step) / (10 + step))
             with torch.no_grad():

@@ -5,19 +5,20 @@ calibrated on the model's own prompts over all timesteps. Only products of token
 quantized: they are nearly all of the work. In fp32 stay the embeddings, the modulations (a vector
 per image: no work, and an error of theirs is in every token), and the last projection.
 
-The quantizer is ONNX Runtime's with plain minimum and maximum. Measured on a half-trained mini
-(20 steps, latents against those of fp32; milliseconds of a step on one core at batch 1 and 4, where
-fp32 takes 23 and 67 on OpenVINO, 18 and 66 on ONNX Runtime, and eager torch 43 and 123):
+The quantizer is ONNX Runtime's with plain minimum and maximum. Measured on the trained mini: 8
+images of 20 steps against those of the fp32 graph; error of the final latents; milliseconds of CPU
+time of a step on one core at batch 1 and 4, where fp32 takes 19 and 66 on OpenVINO, 17 and 65 on
+ONNX Runtime, and 43 and 123 in eager torch:
 
-    what                                   worst and best image   error of latents      ms   made in
-    ONNX Runtime, minimum and maximum      52.6 to 55.2 dB                   0.015   12, 30      5 s
-    ONNX Runtime, percentile 99.99         53.7 to 55.2 dB                   0.022   12, 39     11 s
-    the same, second MLP layers in fp32    52.7 to 56.3 dB                   0.011   17, 53      5 s
-    the same, modulations in int8 too      46.3 to 51.7 dB                   0.067   11, 29      6 s
-    NNCF, bias correction                  55.4 to 56.6 dB                   0.013   14, 39     12 s
-    NNCF, SmoothQuant and correction       52.5 to 56.2 dB                   0.033   13, 31     17 s
+    quantizer                              worst, best image   latents   batch 1, 4   made in
+    ONNX Runtime, minimum and maximum       50.3 to 55.0 dB     0.016     9, 29 ms        7 s
+      second MLP layers left in fp32        53.3 to 58.1 dB     0.008    14, 51 ms        7 s
+      modulations in int8 too               48.8 to 54.8 dB     0.018     9, 33 ms        9 s
+    ONNX Runtime, percentile 99.99          47.6 to 57.2 dB     0.025    11, 28 ms       15 s
+    NNCF, bias correction                   48.3 to 55.9 dB     0.014    14, 35 ms       14 s
+    NNCF, SmoothQuant, bias correction      43.3 to 50.7 dB     0.037    13, 36 ms       20 s
 
-NNCF is not better by more than prompts differ, takes longer, and wrote nodes at opset 23 that ONNX
+NNCF is not better here, takes longer to make and to run, and wrote nodes at opset 23 that ONNX
 Runtime refuses wherever it chose an unsigned range.
 
     >>> samples = calibrate(checkpoint, folder, requests(checkpoint, count=8, seed=1))

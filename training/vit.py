@@ -24,6 +24,7 @@ import timm
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -166,15 +167,22 @@ def logits_of(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float64
     return torch.cat(rows).double().numpy()
 
 
-def temperature(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """The temperature that minimizes the validation likelihood (Guo et al., arXiv 1706.04599)."""
-    grid = np.geomspace(0.25, 8.0, 400)
-    return float(grid[np.argmin([_nll(logits / t, labels) for t in grid])])
+def platt(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
+    """Temperature and shift of the malignant logit that fit validation best (Platt, 1999).
+
+    The shift matters as much as the temperature: half of every training batch is malignant, far
+    more than among the pictures that will come.
+    """
+    difference = (logits[:, 1] - logits[:, 0])[:, None]
+    fit = LogisticRegression(C=np.inf).fit(difference, labels)
+    slope = max(float(fit.coef_[0, 0]), 0.05)  # a model that knows nothing has none
+    return 1 / slope, float(fit.intercept_[0]) / slope
 
 
-def _nll(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    log_sum = np.logaddexp(logits[:, 0], logits[:, 1])
-    return float(np.mean(log_sum - logits[np.arange(len(labels)), labels]))
+def shift_logit(model: nn.Module, shift: float) -> None:
+    """Add to the malignant class's logit, in the bias of the model's last layer."""
+    with torch.no_grad():
+        model.get_classifier().bias[LABELS.index("malignant")] += shift  # type: ignore[operator]
 
 
 def probabilities(logits: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
@@ -184,15 +192,14 @@ def probabilities(logits: NDArray[np.float64], scale: float) -> NDArray[np.float
 
 
 def calibrate(
-    logits: NDArray[np.float64], labels: NDArray[np.int64], recipe: Recipe
+    logits: NDArray[np.float64], labels: NDArray[np.int64], scale: float, recipe: Recipe
 ) -> dict[str, Any]:
-    """Temperature, threshold and abstention band from the validation split.
+    """Threshold and abstention band from the validation split, with the temperature `scale`.
 
     The threshold is the highest that keeps `recipe.sensitivity` of the malignant lesions. The band
     holds the images nearest to it in rank, half on either side, so that `recipe.coverage` of the
     validation images get an answer.
     """
-    scale = temperature(logits, labels)
     p = probabilities(logits, scale)
     threshold = float(np.quantile(p[labels == 1], 1 - recipe.sensitivity, method="lower"))
     at = float(np.mean(p < threshold))
@@ -276,10 +283,10 @@ def report(
             "sensitivity": round(float(called[labels == 1].mean()), 4),
             "specificity": round(float(1 - called[labels == 0].mean()), 4),
             "answered": round(float(answered.mean()), 4),
-            "calibration_error_before": round(
-                calibration_error(probabilities(logits, 1.0), labels), 4
+            "calibration_error_uncalibrated": round(
+                calibration_error(probabilities(logits - [0, calibration["shift"]], 1.0), labels), 4
             ),
-            "calibration_error_after": round(calibration_error(p, labels), 4),
+            "calibration_error": round(calibration_error(p, labels), 4),
         }
         subsets = {"": np.ones(len(chosen), bool)}
         if any(s.confirmed for s in chosen):
@@ -322,13 +329,14 @@ def save(
             "classifier": "head",
             "first_conv": "patch_embed.proj",
         },
-        "dermaflux": calibration,
+        "dermaflux": {name: calibration[name] for name in ("temperature", "threshold", "abstain")},
     }
     licences = [{"source": s, "licence": licence} for s, licence in data.licences(seen)]
     document = {"recipe": asdict(recipe), "saw": licences, "calibration": calibration,
                 "test": figures}  # fmt: skip
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "report.json").write_text(json.dumps(document, indent=2) + "\n")
+    (out / "model.part").chmod(0o644)  # safetensors makes its files their owner's alone
     (out / "model.part").replace(out / "model.safetensors")
 
 
@@ -353,8 +361,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise data.DatasetError(f"no sample in split {', '.join(missing)}")
         model = train(splits["train"], recipe)
         labels = np.array([LABELS.index(str(s.lesion.label)) for s in splits["val"]])
-        validation = logits_of(model, data.load_images(splits["val"], recipe.size))
-        calibration = calibrate(validation, labels, recipe)
+        validation = data.load_images(splits["val"], recipe.size)
+        scale, shift = platt(logits_of(model, validation), labels)
+        shift_logit(model, shift)
+        calibration = calibrate(logits_of(model, validation), labels, scale, recipe)
+        calibration["shift"] = round(shift, 4)
         figures = report(model, splits["test"], calibration, recipe.size)
         save(model, recipe, calibration, figures, splits["train"], options.out)
     except DermaFluxError as error:

@@ -31,22 +31,32 @@ def test_half_of_all_draws_are_malignant() -> None:
     assert large / small == pytest.approx((900 / 90) ** 0.5)
 
 
-def test_temperature_undoes_overconfidence() -> None:
+def test_calibration_undoes_overconfidence_and_a_wrong_prior() -> None:
     random = np.random.default_rng(0)
-    honest = random.normal(0, 1.5, 4000)
+    honest = random.normal(-1, 1.5, 4000)
     labels = (random.random(4000) < 1 / (1 + np.exp(-honest))).astype(np.int64)
-    logits = np.stack([np.zeros(4000), 3 * honest], axis=1)
-    assert vit.temperature(logits, labels) == pytest.approx(3, rel=0.1)
-    before, after = (vit.probabilities(logits, t) for t in (1.0, 3.0))
-    assert vit.calibration_error(after, labels) < vit.calibration_error(before, labels) / 2
+    logits = np.stack([np.zeros(4000), 3 * (honest + 1.2)], axis=1)
+    scale, shift = vit.platt(logits, labels)
+    assert scale == pytest.approx(3, rel=0.1)
+    assert shift == pytest.approx(-3.6, rel=0.1)
+    before, after = vit.probabilities(logits, 1.0), vit.probabilities(logits + [0, shift], scale)
+    assert vit.calibration_error(after, labels) < vit.calibration_error(before, labels) / 4
+
+
+def test_a_shift_is_a_shift_of_one_logit() -> None:
+    model = vit.build(RECIPE).eval()
+    images = np.zeros((1, 128, 128, 3), np.uint8)
+    before = vit.logits_of(model, images)
+    vit.shift_logit(model, -1.5)
+    assert np.allclose(vit.logits_of(model, images) - before, [[0, -1.5]], atol=1e-5)
 
 
 def test_threshold_keeps_the_sensitivity_and_the_band_the_coverage() -> None:
     random = np.random.default_rng(1)
     labels = (random.random(1000) < 0.3).astype(np.int64)
     logits = np.stack([np.zeros(1000), random.normal(2.0 * labels - 1, 1.5)], axis=1)
-    calibration = vit.calibrate(logits, labels, RECIPE)
-    p = vit.probabilities(logits, calibration["temperature"])
+    calibration = vit.calibrate(logits, labels, 1.0, RECIPE)
+    p = vit.probabilities(logits, 1.0)
     assert np.mean(p[labels == 1] >= calibration["threshold"]) >= RECIPE.sensitivity - 0.01
     low, high = calibration["abstain"]
     assert low <= calibration["threshold"] <= high

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ class Pipeline:
             bundle = Bundle.open(bundle)
         weights = None if checkpoint is None else Path(checkpoint)
         choices = {part: choose(bundle, part, engine, precision) for part in GENERATOR_PARTS}
+        # An engine opens a graph mostly on one core, so the others open theirs meanwhile.
+        with ThreadPoolExecutor(len(choices)) as pool:
+            opening = {
+                part: pool.submit(load, bundle, choice, checkpoint=weights, threads=threads)
+                for part, choice in choices.items()
+            }
         return cls(
             bundle.model,
             Schedule.from_config(bundle.scheduler),
@@ -107,10 +114,7 @@ class Pipeline:
                     ("tokenizer_2", bundle.model.text_length),
                 )
             },
-            {
-                part: load(bundle, choice, checkpoint=weights, threads=threads)
-                for part, choice in choices.items()
-            },
+            {part: engine.result() for part, engine in opening.items()},
             {"bundle": bundle.id, "model": bundle.name, "wording": bundle.wording},
             choices,
         )

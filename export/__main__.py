@@ -25,28 +25,15 @@ from dermaflux.bundle import GENERATOR_PARTS, PARTS, Bundle, write_manifest
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.errors import BundleError, DermaFluxError
 from dermaflux.images import encode_png
-from dermaflux.manifest import ClassifierParity, Golden, ImageParity, Parity
-from export.parity import (
-    PROBABILITY_TOLERANCE,
-    ParityError,
-    Row,
-    image_parity,
-    image_rows,
-    require,
-)
+from export.parity import ParityError, require
 from export.staging import staged
 
 if TYPE_CHECKING:
-    from export.reference import Reference
     from export.verify import Graph
 
 log = logging.getLogger("export")
 
 PRECISIONS: Final = ("fp32", "int8")
-GOLDEN_DB: Final = 30.0
-GOLDEN_MARGIN_DB: Final = 3.0
-"""The golden image is for other machines, which round in other places, so less is asked of it than
-was measured here; an image of another model or seed is at 10 to 15 dB."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -126,7 +113,7 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
     """All of the bundle into its folder: settings, graphs, golden image, manifest."""
     from transformers.utils import logging as transformers_logging
 
-    from export import manifest, quantize, shapes, source, trace, verify
+    from export import compare, manifest, quantize, shapes, source, trace, verify
     from export.reference import Reference, requests
 
     # A bar for every part that takes a tenth of a second to load.
@@ -158,7 +145,7 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
             graphs.append(verify.part(graph, part, "int8", reference.seen[part]))
             verify.require_active(graphs[-1], products)
             say(f"{part} quantized, {products} products in int8")
-    parity, golden, rows = _compare(folder, settings, checkpoint, reference)
+    parity, golden, rows = compare.whole(folder, settings.precision, checkpoint, reference)
     say("images compared")
     rows = [row for graph in graphs for row in graph.rows] + rows
     require(rows)
@@ -172,41 +159,6 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
         folder,
         manifest.content(folder, kept, checkpoint, reference.sized, graphs, parity, golden),
     )
-
-
-def _compare(
-    folder: Path, settings: Settings, checkpoint: Checkpoint, reference: Reference
-) -> tuple[Parity, Golden, list[Row]]:
-    """Whole images and probabilities of every precision on every engine, against eager."""
-    from export import verify
-
-    images: dict[str, dict[str, ImageParity]] = {}
-    classifier: dict[str, ClassifierParity] = {}
-    rows: list[Row] = []
-    first: list[float] = []
-    steps = reference.requests[0].steps
-    for precision in settings.precision:
-        found = verify.images(checkpoint, folder, precision, reference.requests, reference.images)
-        images[precision] = {e: image_parity(r, steps, precision) for e, r in found.items()}
-        for engine, parity in images[precision].items():
-            rows += image_rows(parity, precision, engine)
-        first += [ratios[0] for ratios in found.values()]
-        graph = folder / "classifier" / verify.FILES[precision]
-        if graph.exists():
-            cases = reference.seen["classifier"]
-            changes = verify.probabilities(checkpoint, graph, precision, cases)
-            classifier[precision] = ClassifierParity(max(changes.values()))
-            bound = PROBABILITY_TOLERANCE[precision]
-            rows += [
-                Row("probability", precision, engine, change, bound, "of change")
-                for engine, change in changes.items()
-            ]
-    golden = Golden(
-        request=asdict(reference.requests[0]),
-        image="golden.png",
-        tolerance_db=min(GOLDEN_DB, float(int(min(first)) - GOLDEN_MARGIN_DB)),
-    )
-    return Parity(images, classifier), golden, rows
 
 
 def _check(settings: Settings) -> tuple[str, ...]:

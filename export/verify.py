@@ -19,21 +19,18 @@ from onnx import TensorProto
 
 from dermaflux.bundle import GENERATOR_PARTS, TOKENIZERS, PartParity
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.classifier import predict
 from dermaflux.engines import OPENVINO, ORT, Engine, installed, require
 from dermaflux.errors import EngineError
 from dermaflux.flow import Schedule
-from dermaflux.pipeline import Pipeline, Request
+from dermaflux.pipeline import Pipeline
 from dermaflux.tokens import Tokens
 from export.parity import (
     PART_TOLERANCE,
     Case,
     ParityError,
-    Pixels,
     Recorder,
     Row,
     part_parity,
-    psnr,
 )
 
 FILES: Final[Mapping[str, str]] = {"fp32": "model.onnx", "int8": "model_int8.onnx"}
@@ -190,47 +187,3 @@ def require_active(graph: Graph, quantized: int) -> None:
             f"int8 is not active: of {quantized} quantized products of {graph.part} OpenVINO runs "
             f"{active} in int8 on this machine ({dict(graph.operations)}); use --precision fp32"
         )
-
-
-def images(
-    checkpoint: Checkpoint,
-    folder: Path,
-    precision: str,
-    requests: Sequence[Request],
-    references: Sequence[Pixels],
-) -> dict[str, list[float]]:
-    """Engine -> the PSNR of every image, in dB, against eager ones of the same requests."""
-    return {
-        engine: [
-            psnr(image, reference)
-            for image, reference in zip(
-                pipeline(checkpoint, folder, engine, precision)[0].generate(requests),
-                references,
-                strict=True,
-            )
-        ]
-        for engine in engines(precision)
-    }
-
-
-def probabilities(
-    checkpoint: Checkpoint, graph: Path, precision: str, cases: Sequence[Case]
-) -> dict[str, float]:
-    """Engine -> the largest change of a probability of malignancy against the cases."""
-    spec = checkpoint.classifier
-    assert spec is not None
-    changes = {}
-    for engine in engines(precision):
-        opened = open_graph(engine, graph, precision)
-        pairs = [
-            (row, expected)
-            for case in cases
-            for row, expected in zip(
-                opened.run(case.inputs)["logits"], case.outputs["logits"], strict=True
-            )
-        ]
-        changes[engine] = max(
-            abs(predict(row, spec).probability - predict(expected, spec).probability)
-            for row, expected in pairs
-        )
-    return changes

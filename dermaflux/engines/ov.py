@@ -5,16 +5,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
-import openvino
 
 from dermaflux.engines import OPENVINO, Array, Arrays, usable_cores
 from dermaflux.errors import EngineError
+
+_CONVERTER = "openvino.tools.ovc"
+
+# OpenVINO goes without its model converter where there is none. It is not needed to run a model,
+# and importing it takes a third of the time of all and brings a telemetry client along.
+_absent = _CONVERTER not in sys.modules
+if _absent:
+    sys.modules[_CONVERTER] = None  # type: ignore[assignment]
+try:
+    import openvino
+finally:
+    if _absent:
+        del sys.modules[_CONVERTER]
 
 
 class OpenVinoEngine:

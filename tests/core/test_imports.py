@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "diffusers", "transformers", "timm", "onnx", "nncf", "peft")
+HEAVY = ("torch", "diffusers", "transformers", "timm", "onnx", "nncf", "peft", "openvino_telemetry")
 
 RUN = """
 import sys

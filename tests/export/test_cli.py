@@ -11,7 +11,8 @@ import pytest
 import export.__main__ as command
 from dermaflux.checkpoint import Checkpoint
 from export import parity
-from export.__main__ import Settings, main
+from export.__main__ import PRECISIONS, main
+from export.compare import whole
 from export.reference import Reference, requests
 
 
@@ -85,12 +86,11 @@ def test_images_beyond_tolerance_are_refused(exported, tiny_checkpoint):
     checkpoint = Checkpoint.open(tiny_checkpoint)
     asked = requests(checkpoint, 2, seed=3)
     reference = Reference.make(checkpoint, tuple(exported.parts), asked)
-    settings = Settings(tiny_checkpoint, exported.path)
-    _, golden, rows = command._compare(exported.path, settings, checkpoint, reference)
+    _, golden, rows = whole(exported.path, PRECISIONS, checkpoint, reference)
     parity.require(rows)
     assert golden.tolerance_db <= 30
 
     other = replace(reference, images=[255 - image for image in reference.images])
-    _, _, rows = command._compare(exported.path, settings, checkpoint, other)
+    _, _, rows = whole(exported.path, PRECISIONS, checkpoint, other)
     with pytest.raises(parity.ParityError, match=r"FAIL images, median +fp32 +openvino-cpu"):
         parity.require(rows)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from tests.serving.live import picture, until
 ROOT = Path(__file__).resolve().parents[2]
 BENTOML = [sys.executable, "-m", "bentoml"]
 START_SECONDS = 5.0
+FRAMEWORK = "import bentoml, _bentoml_sdk, _bentoml_impl.server.app"
+FRAMEWORK_SECONDS = 3.4  # measured beside 4.9 s from import to ready, on two quiet cores
 
 START = """
 import os, sys, time
@@ -37,7 +40,8 @@ with TestClient(DermaFlux.to_asgi()) as client:
     image = open(sys.argv[1], "rb").read()
     reply = client.post("/v1/classify", content=image, headers={"content-type": "image/png"})
     assert reply.status_code == 200
-heavy = {"torch", "diffusers", "transformers", "timm", "peft", "torchvision"} & set(sys.modules)
+heavy = {"torch", "diffusers", "transformers", "timm", "peft", "torchvision",
+         "openvino_telemetry"} & set(sys.modules)
 assert not heavy, heavy
 """
 
@@ -86,12 +90,17 @@ def test_service_runs_without_torch(tiny_bundle: Bundle, tmp_path: Path) -> None
 def test_service_is_ready_within_seconds_on_the_embedded_default(
     bundle: Path, tmp_path: Path
 ) -> None:
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > cores:
-        pytest.skip(f"the machine is busy with other work: load {load:.1f} on {cores} cores")
-    took = [start(bundle, tmp_path) for _ in range(2)]
-    # The first may read everything from a cold disk.
-    assert min(took) < START_SECONDS, took
+    """Under five seconds; on a slower or busier machine, as many times BentoML's own import.
+
+    Both are measured in turn, so that what else the machine does disturbs both.
+    """
+    took, frame = [], []
+    for _ in range(3):  # the first may read everything from a cold disk
+        took.append(start(bundle, tmp_path))
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-c", FRAMEWORK], env=environment(tmp_path), check=True)
+        frame.append(time.monotonic() - begin)
+    assert min(took) < START_SECONDS * max(1.0, min(frame) / FRAMEWORK_SECONDS), (took, frame)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,17 @@ const TITLES = {
   structures: "Structures",
 };
 const MANY = new Set(["colors", "structures"]);
+// What the form says at first: a label alone leaves most of a lesion open, and shows little.
+const EXAMPLE = { label: "benign", diagnosis: "nevus", colors: ["light brown", "dark brown"], size: "medium" };
 
 export function buildAttributes(place, { vocabulary, diagnoses }) {
   for (const [name, words] of Object.entries(vocabulary)) {
     place.append(name === "diagnosis" ? diagnosisField(words, diagnoses) : chips(name, words));
   }
   const label = (word) => place.querySelector(`input[name="label"][value="${word}"]`);
-  label("benign").checked = true;
+  for (const [name, words] of Object.entries(EXAMPLE)) {
+    for (const word of [words].flat()) choose(place, name, word);
+  }
   // A diagnosis implies its label; choosing the other label takes the diagnosis back.
   const diagnosis = place.querySelector("#diagnosis");
   diagnosis.addEventListener("change", () => {
@@ -31,6 +35,13 @@ export function buildAttributes(place, { vocabulary, diagnoses }) {
       if (implied && implied !== input.value) diagnosis.value = "";
     });
   }
+}
+
+function choose(place, name, word) {
+  const input = place.querySelector(`input[name="${name}"][value="${word}"]`);
+  if (input) input.checked = true;
+  const option = place.querySelector(`select[name="${name}"] option[value="${word}"]`);
+  if (option) option.selected = true;
 }
 
 export function readLesion(form) {

@@ -104,14 +104,15 @@ def test_described_lesion_is_drawn_and_marked(page: Page) -> None:
     page.select_option("#diagnosis", "melanoma")
     expect(page.get_by_role("radio", name="malignant")).to_be_checked()
     page.get_by_role("checkbox", name="black").check()
-    page.get_by_role("checkbox", name="dark brown").check()
+    expect(page.get_by_role("checkbox", name="dark brown")).to_be_checked()
     page.get_by_role("radiogroup", name="Border").get_by_role(
         "radio", name="irregular", exact=True
     ).check()
     page.get_by_role("button", name="Generate").click()
     marks = read_marks(drawn(page))
     assert marks["dermaflux.prompt"] == (
-        "dermoscopic image of a malignant lesion, melanoma, irregular border, dark brown and black"
+        "dermoscopic image of a malignant lesion, melanoma, irregular border, "
+        "light brown and dark brown and black, medium in the field"
     )
     expect(page.get_by_text("Synthetic image").first).to_be_visible()
     expect(page.locator("#drawn-facts")).to_contain_text(marks["dermaflux.seed"])

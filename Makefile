@@ -15,10 +15,10 @@ setup: .venv/.complete
 		--editable '.[training,export,serving,benchmarks,cpu,dev]'
 	touch $@
 
-bundles/mini/bundle.json: | .venv/.complete
+bundles/mini/bundle.json: models/mini/provenance.json models/mini/classifier/report.json | .venv/.complete
 	$(BIN)/python -m export models/mini --out bundles/mini
 
-run: setup bundles/mini/bundle.json
+run: setup $(BUNDLE)/bundle.json
 	DERMAFLUX_BUNDLE=$(BUNDLE) BENTOML_DO_NOT_TRACK=true \
 		$(BIN)/bentoml serve serving.service:DermaFlux --port $(PORT)
 

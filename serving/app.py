@@ -99,7 +99,9 @@ def create_app(
     door = asyncio.Semaphore(settings.open_requests)
 
     def route(path: str, endpoint: Endpoint, method: str) -> Route:
-        return Route(path, _answering(path, endpoint, metrics, door), methods=[method])
+        # Only bodies take memory: the page and the card answer however crowded it is.
+        bound = door if method == "POST" else asyncio.Semaphore(1_000_000)
+        return Route(path, _answering(path, endpoint, metrics, bound), methods=[method])
 
     app = Starlette(
         routes=[

@@ -19,6 +19,7 @@ from serving.schema import GenerateRequest, first_fault
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 # Not a registered type, but common; what the bytes are is decided by the bytes.
 _IMAGE_ALIASES = (*IMAGE_TYPES, "image/jpg")
+_ANY_TYPE = "application/octet-stream"
 
 
 async def read_generate_request(request: Request, limit: int, seconds: float) -> GenerateRequest:
@@ -115,6 +116,7 @@ async def _one_file(request: Request, body: bytes) -> bytes:
     file = form.get("image")
     if not isinstance(file, UploadFile):
         raise Refusal(400, "invalid_request", needed, field="image")
-    if _media_type(file.content_type or "") not in _IMAGE_ALIASES:
+    # Many clients leave a part's type out, or name none in particular; the bytes decide anyhow.
+    if _media_type(file.content_type or _ANY_TYPE) not in {*_IMAGE_ALIASES, _ANY_TYPE}:
         raise _unsupported_image()
     return await file.read()

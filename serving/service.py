@@ -98,7 +98,7 @@ class DermaFlux:
         """
         try:
             settings = Settings.from_environment(os.environ)
-            bundle = Bundle.open(find_bundle(settings))
+            bundle = Bundle.open(find_bundle(settings), verify=True)
             if settings.engine == EAGER:
                 raise EngineError("the eager engine runs a checkpoint; the service runs bundles")
             for part in (*GENERATOR_PARTS, *(["classifier"] if bundle.classifier else [])):

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer
 
+from training import data
 from training.generator import Generator
 from training.words import save_tokenizer
 
@@ -44,6 +45,39 @@ _SCHEDULER = {
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096,
 }
+
+
+def ingredients(samples: Iterable[data.Sample], used_for: str) -> list[dict[str, str]]:
+    """What a part saw, for `provenance.json`: one entry per source and licence."""
+    return [
+        {"name": f"{source}, training split", "kind": "data", "licence": licence,
+         "attribution": source, "used_for": used_for}
+        for source, licence in data.licences(samples)
+    ]  # fmt: skip
+
+
+def kept_ingredients(folder: Path, used_for: str) -> list[dict[str, str]]:
+    """The entries of a checkpoint's `provenance.json` that belong to the part `used_for`."""
+    file = folder / "provenance.json"
+    if not file.is_file():
+        return []
+    found: list[dict[str, str]] = json.loads(file.read_text()).get("ingredients", [])
+    return [item for item in found if item.get("used_for") == used_for]
+
+
+def add_classifier(folder: Path, samples: Iterable[data.Sample], licence: str) -> None:
+    """Name what the classifier in `folder/classifier` saw in `folder/provenance.json`, if any."""
+    file = folder / "provenance.json"
+    if not file.is_file():
+        return
+    provenance = json.loads(file.read_text())
+    weights = {"name": "classifier weights", "kind": "weights", "licence": licence,
+               "attribution": "trained from random weights", "used_for": "classifier"}  # fmt: skip
+    others = [i for i in provenance.get("ingredients", []) if i.get("used_for") != "classifier"]
+    provenance["ingredients"] = [*others, weights, *ingredients(samples, "classifier")]
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(provenance, indent=2) + "\n")
+    part.replace(file)
 
 
 def write(

@@ -7,8 +7,10 @@ group, asymmetry_word, ...`).
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -163,3 +165,18 @@ def load_images(samples: Sequence[Sample], size: int, threads: int = 2) -> NDArr
 def licences(samples: Iterable[Sample]) -> list[tuple[str, str]]:
     """The distinct (source, licence) pairs of samples, sorted."""
     return sorted({(sample.source, sample.licence) for sample in samples})
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is another text.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value

@@ -186,15 +186,10 @@ def finished(
         "wording": WORDING,
         "defaults": {"steps": STEPS, "guidance": GUIDANCE, "height": SIZE, "width": SIZE,
                      "text_length": architecture.text_length},
-        "licence": "Apache-2.0 (generator), CC-BY-NC-4.0 (classifier)",
+        "licence": "Apache-2.0",
         "ingredients": [
-            {"name": "ISIC 2017 challenge, training split", "kind": "data",
-             "licence": "CC0-1.0", "attribution": "ISIC Archive; Codella et al. 2018",
-             "url": "https://challenge.isic-archive.com/data/#2017",
-             "used_for": "generator, autoencoder, classifier"},
-            {"name": "HAM10000, training split", "kind": "data", "licence": "CC-BY-NC-4.0",
-             "attribution": "ViDIR Group, Medical University of Vienna; Tschandl et al. 2018",
-             "url": "https://doi.org/10.7910/DVN/DBW86T", "used_for": "classifier"},
+            *checkpoint.ingredients(prepared.samples, "generator, autoencoder"),
+            *checkpoint.kept_ingredients(out, "classifier"),
         ],
         "training": {
             "recipe": "training.mini",
@@ -266,9 +261,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="state to resume from")
     parser.add_argument("--sheet", type=Path, default=Path("docs/mini_samples.png"))
     parser.add_argument("--stage", choices=STAGES, default="all")
-    parser.add_argument("--hours", type=float, default=generator.Schedule.hours)
-    parser.add_argument("--distill-hours", type=float, default=generator.Schedule.distill_hours)
-    parser.add_argument("--autoencoder-hours", type=float, default=autoencoder.Plan.hours)
+    parser.add_argument("--hours", type=data.positive, default=generator.Schedule.hours)
+    parser.add_argument(
+        "--distill-hours", type=data.positive, default=generator.Schedule.distill_hours
+    )
+    parser.add_argument("--autoencoder-hours", type=data.positive, default=autoencoder.Plan.hours)
     parser.add_argument("--processes", type=int, default=generator.Schedule.processes)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -290,6 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
             finished(prepared, architecture, plan, drawing, options.work, options.out)
         if options.stage in ("all", "assemble", "report"):
             figures = evaluate(prepared, options.data, options.out)
+            provenance = json.loads((options.out / "provenance.json").read_text())
+            figures["generator"] = provenance["training"]["phases"]
             draw_sheet(options.out, options.sheet)
             (options.out / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
             print(json.dumps({"out": str(options.out), **figures}))

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from dermaflux.errors import DermaFluxError
 from dermaflux.prompt import LABELS
 from training import data
+from training.checkpoint import add_classifier
 
 log = logging.getLogger(__name__)
 
@@ -241,10 +242,15 @@ def auc(p: NDArray[np.float64], labels: NDArray[np.int64], draws: int = 1000) ->
 
 
 def border_only(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Keep 3 / 32 of the picture at each edge and no lesion: what is left is mostly the camera."""
+    """Keep 3 / 32 of the picture at each edge, and paint the rest in that edge's mean colour.
+
+    What is left is mostly the camera; nothing of it depends on what stood in the middle.
+    """
     edge = 3 * images.shape[1] // 32
+    rim = np.ones(images.shape[1:3], bool)
+    rim[edge:-edge, edge:-edge] = False
     kept = images.copy()
-    kept[:, edge:-edge, edge:-edge] = images.mean(axis=(1, 2), keepdims=True).astype(np.uint8)
+    kept[:, ~rim] = images[:, rim].mean(axis=1, keepdims=True).astype(np.uint8)
     return kept
 
 
@@ -347,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--data", type=Path, action="append", required=True, help="repeatable")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hours", type=float, default=Recipe.hours)
+    parser.add_argument("--hours", type=data.positive, default=Recipe.hours)
     parser.add_argument("--threads", type=int, default=Recipe.threads)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -368,6 +374,9 @@ def main(arguments: list[str] | None = None) -> int:
         calibration["shift"] = round(shift, 4)
         figures = report(model, splits["test"], calibration, recipe.size)
         save(model, recipe, calibration, figures, splits["train"], options.out)
+        # Weights that saw data for non-commercial use are for such use only.
+        limited = [name for _, name in data.licences(splits["train"]) if "NC" in name]
+        add_classifier(options.out.parent, splits["train"], (limited or ["Apache-2.0"])[0])
     except DermaFluxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -99,6 +99,12 @@ def test_other_content_types_are_refused(live: Live, kind: str) -> None:
     assert (reply.status_code, error(reply)["code"]) == (415, "unsupported_media_type")
 
 
+def test_a_form_whose_file_has_no_type_of_its_own(live: Live) -> None:
+    for part in (("lesion", picture(0)), ("lesion", picture(0), "application/octet-stream")):
+        reply = live.client.post("/v1/classify", files={"image": part})
+        assert reply.status_code == 200, reply.text
+
+
 def bomb() -> bytes:
     """A PNG of 1.6 GB of zeros once unpacked, in a few bytes."""
 

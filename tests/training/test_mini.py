@@ -136,3 +136,27 @@ def test_a_checkpoint_keeps_what_stands_beside_it(dataset: Path, tmp_path: Path)
         )  # fmt: skip
     assert json.loads((tmp_path / "provenance.json").read_text()) == {"name": "second"}
     assert (tmp_path / "classifier" / "config.json").is_file()
+
+
+def test_provenance_names_what_each_part_saw(
+    dataset: Path, trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    stated = json.loads((trained[1] / "provenance.json").read_text())
+    assert [(i["used_for"], i["licence"]) for i in stated["ingredients"]] == [
+        ("generator, autoencoder", "CC0-1.0")
+    ]
+    (tmp_path / "provenance.json").write_text(json.dumps(stated))
+    samples = data.read(dataset, "train")
+    for licence in ("Apache-2.0", "CC-BY-NC-4.0"):  # a classifier trained again replaces the first
+        checkpoint.add_classifier(tmp_path, samples, licence)
+    kept = checkpoint.kept_ingredients(tmp_path, "classifier")
+    assert [item["licence"] for item in kept] == ["CC-BY-NC-4.0", "CC0-1.0"]
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "soon"])
+def test_hours_that_train_nothing_are_refused(
+    hours: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        mini.main(["--data", "x", "--hours", hours])
+    assert "is not a number above 0" in capsys.readouterr().err

@@ -68,6 +68,8 @@ def test_controls_hide_what_they_say() -> None:
     border = vit.border_only(images)
     assert np.array_equal(border[:, :6], images[:, :6])
     assert np.ptp(border[:, 6:-6, 6:-6], axis=(1, 2)).max() == 0
+    images[:, 20:40, 20:40] = 0
+    assert np.array_equal(vit.border_only(images), border)
 
 
 def test_it_learns_and_timm_opens_the_result(

@@ -100,8 +100,8 @@ def create_app(
 
     def route(path: str, endpoint: Endpoint, method: str) -> Route:
         # Only bodies take memory: the page and the card answer however crowded it is.
-        bound = door if method == "POST" else asyncio.Semaphore(1_000_000)
-        return Route(path, _answering(path, endpoint, metrics, bound), methods=[method])
+        guarded = _through(door, endpoint) if method == "POST" else endpoint
+        return Route(path, _answering(path, guarded, metrics), methods=[method])
 
     app = Starlette(
         routes=[
@@ -129,18 +129,25 @@ def paths() -> frozenset[str]:
     return frozenset({*files, *ours, "/v1/classify", *SYSTEM_PATHS})
 
 
-def _answering(
-    path: str, endpoint: Endpoint, metrics: Metrics, door: asyncio.Semaphore
-) -> Endpoint:
+def _through(door: asyncio.Semaphore, endpoint: Endpoint) -> Endpoint:
+    """`endpoint` for as many callers at once as the door lets in; the others are refused."""
+
+    async def enter(request: Request) -> Response:
+        if door.locked():
+            crowded = "Too many requests are being answered; come back in a second."
+            raise Refusal(429, "busy", crowded, headers={"Retry-After": "1"})
+        async with door:
+            return await endpoint(request)
+
+    return enter
+
+
+def _answering(path: str, endpoint: Endpoint, metrics: Metrics) -> Endpoint:
     """`endpoint` whose failures are replies in our form, with a request id, and counted."""
 
     async def answer(request: Request) -> Response:
         try:
-            if door.locked():
-                crowded = "Too many requests are being answered; come back in a second."
-                raise Refusal(429, "busy", crowded, headers={"Retry-After": "1"})
-            async with door:
-                response = await endpoint(request)
+            response = await endpoint(request)
             response.headers["X-Request-ID"] = request_id(request)
         except Exception as error:
             response = error_response(request, error)

@@ -4,7 +4,7 @@ PORT ?= 3000
 BUNDLE ?= bundles/mini
 BIN := .venv/bin
 
-.PHONY: setup run test check clean
+.PHONY: setup run test test-optimum check clean
 
 setup: .venv/.complete
 
@@ -15,8 +15,11 @@ setup: .venv/.complete
 		--editable '.[training,export,serving,benchmarks,cpu,dev]'
 	touch $@
 
-bundles/mini/bundle.json: models/mini/provenance.json models/mini/classifier/report.json | .venv/.complete
-	$(BIN)/python -m export models/mini --out bundles/mini
+# A new bundle wherever the weights or the form of bundles change. Eight prompts are compared here,
+# to be quick; `python -m export models/mini` compares sixty-four.
+bundles/mini/bundle.json: models/mini/provenance.json models/mini/classifier/report.json \
+		dermaflux/manifest.py | .venv/.complete
+	$(BIN)/python -m export models/mini --out bundles/mini --prompts 8
 
 run: setup $(BUNDLE)/bundle.json
 	DERMAFLUX_BUNDLE=$(BUNDLE) BENTOML_DO_NOT_TRACK=true \
@@ -25,6 +28,15 @@ run: setup $(BUNDLE)/bundle.json
 test: setup
 	$(BIN)/python -m pytest
 
+# Optimum needs transformers 4, so an environment of its own; not part of `make test`.
+.venv-optimum/.complete: pyproject.toml constraints-optimum.txt
+	$(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/pip install --quiet --constraint constraints-optimum.txt '.[optimum]'
+	touch $@
+
+test-optimum: .venv-optimum/.complete $(BUNDLE)/bundle.json
+	DERMAFLUX_TEST_BUNDLE=$(BUNDLE) .venv-optimum/bin/python -m pytest tests/optimum
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,4 +44,4 @@ check: setup
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-optimum bundles build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from dermaflux import files
 from dermaflux.errors import BundleError
 
 
@@ -40,6 +41,11 @@ class Tokens:
         self._counter.no_truncation()
         self._counter.no_padding()
 
+    @property
+    def largest(self) -> int:
+        """The largest id that it can give: an embedding needs one row more."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
     @classmethod
     def open(cls, path: Path, length: int) -> Tokens:
         """Open a `tokenizer.json`.
@@ -57,6 +63,10 @@ class Tokens:
         """Token ids [B, length]; what is too long is cut, its end token kept."""
         rows = [self._tokenizer.encode(prompt).ids for prompt in prompts]
         return np.array(rows, dtype=np.int64).reshape(len(prompts), self.length)
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`, length, padding and truncation inside; `open` reads it."""
+        files.write(path, self._tokenizer.to_str(pretty=True).encode())
 
     def count(self, prompt: str) -> int:
         """How many tokens a prompt has, end token included, before padding and truncation."""

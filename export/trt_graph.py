@@ -1,0 +1,197 @@
+"""A graph as the preflight reads it: nodes with their tensors' types and shapes, without weights.
+
+External weights stay on the disk; only numbers that a rule looks at (scales, zero points) are read.
+
+    >>> graph = View.open(Path("bundles/mini/transformer/model.onnx"))
+    >>> graph.type("hidden_states"), graph.shape("hidden_states")
+    (1, ('batch', 'image_tokens', 64))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+from dermaflux.errors import EngineError
+
+Shape = tuple[int | str | None, ...]
+_VALUES = 1 << 20
+"""Scales and zero points are vectors; a weight matrix is not read."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that keeps a graph from being built, or from running as it should; or, where it
+    does not refuse, something to know of."""
+
+    rule: str
+    where: str
+    message: str
+    refuses: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class View:
+    """A model, and by name what makes, takes, types and shapes its tensors."""
+
+    path: Path
+    model: ModelProto
+    weights: Mapping[str, TensorProto]
+    makers: Mapping[str, NodeProto]
+    takers: Mapping[str, list[NodeProto]]
+    types: Mapping[str, int]
+    shapes: Mapping[str, Shape]
+
+    @classmethod
+    def open(cls, path: Path) -> View:
+        """Parse and type a graph.
+
+        Raises:
+            EngineError: it is not an ONNX graph, or its types contradict each other.
+        """
+        # protobuf's and ONNX's exceptions have no common base of their own.
+        try:
+            model = onnx.load(str(path), load_external_data=False)
+        except Exception as error:
+            raise EngineError(f"{path} is not a graph that ONNX reads: {_line(error)}") from error
+        light = _light(model, path.parent)
+        try:
+            typed = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
+        except Exception as error:
+            raise EngineError(f"{path} contradicts itself: {_line(error)}") from error
+        graph = model.graph
+        if not graph.output or not model.opset_import:
+            raise EngineError(f"{path} holds no graph")
+        values = (*typed.graph.value_info, *graph.input, *graph.output)
+        weights = {weight.name: weight for weight in graph.initializer}
+        makers = {output: node for node in graph.node for output in node.output}
+        takers: dict[str, list[NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                takers.setdefault(name, []).append(node)
+        return cls(
+            path,
+            model,
+            weights,
+            makers,
+            takers,
+            {v.name: v.type.tensor_type.elem_type for v in values}
+            | {name: weight.data_type for name, weight in weights.items()},
+            {v.name: _shape(v) for v in values}
+            | {name: tuple(weight.dims) for name, weight in weights.items()},
+        )
+
+    def nodes(self) -> Iterator[NodeProto]:
+        """All nodes, those of subgraphs too."""
+        yield from _nodes(self.model.graph)
+
+    def type(self, tensor: str) -> int:
+        """ONNX's number of a tensor's type; 0 where it is not known."""
+        return self.types.get(tensor, 0)
+
+    def shape(self, tensor: str) -> Shape | None:
+        """A tensor's axes, or None where not even their number is known."""
+        return self.shapes.get(tensor)
+
+    def values(self, tensor: str) -> NDArray[Any] | None:
+        """The numbers of a small constant in float32 or int64; None where it is computed."""
+        weight = self.weights.get(tensor)
+        if weight is None:
+            maker = self.makers.get(tensor)
+            if maker is None or maker.op_type != "Constant":
+                return None
+            weight = attribute(maker, "value")
+            if not isinstance(weight, TensorProto):
+                return None
+        if int(np.prod(weight.dims)) > _VALUES:
+            return None
+        if uses_external_data(weight):
+            weight = TensorProto.FromString(weight.SerializeToString())
+            if not _load(weight, self.path.parent):
+                return None
+        array = numpy_helper.to_array(weight)
+        return array.astype(np.int64 if array.dtype.kind in "iub" else np.float32)
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute; texts as str."""
+    for item in node.attribute:
+        if item.name == name:
+            value = onnx.helper.get_attribute_value(item)
+            return value.decode() if isinstance(value, bytes) else value
+    return default
+
+
+def label(node: NodeProto) -> str:
+    """How a node is named to people: `RotaryEmbedding rotary_embedding`."""
+    return f"{node.op_type} {node.name or (node.output[0] if node.output else '?')}"
+
+
+def constant(graph: View, tensor: str) -> bool:
+    """Whether a tensor is a weight, or one that is dequantized on the way."""
+    maker = graph.makers.get(tensor)
+    while maker is not None and maker.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast"):
+        tensor = maker.input[0]
+        maker = graph.makers.get(tensor)
+    return tensor in graph.weights or (maker is not None and maker.op_type == "Constant")
+
+
+def _light(model: ModelProto, folder: Path) -> ModelProto:
+    """The model as shape inference takes it: shapes read in, and large weights as inputs.
+
+    It refuses numbers that are elsewhere, and copies large ones several times.
+    """
+    light = ModelProto()
+    light.CopyFrom(model)
+    inputs = {value.name for value in light.graph.input}
+    for weight in list(light.graph.initializer):
+        heavy = len(weight.raw_data) > _VALUES or int(np.prod(weight.dims)) > _VALUES
+        if not heavy and uses_external_data(weight):
+            heavy = not _load(weight, folder)
+        if heavy:
+            if weight.name not in inputs:
+                light.graph.input.append(
+                    onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims)
+                )
+            light.graph.initializer.remove(weight)
+    return light
+
+
+def _load(weight: TensorProto, folder: Path) -> bool:
+    """Read an external weight into itself; whether it could be."""
+    try:
+        load_external_data_for_tensor(weight, str(folder))
+    # A file that is missing, short or elsewhere is a finding of its own, by its name.
+    except Exception:
+        return False
+    weight.data_location = TensorProto.DEFAULT
+    del weight.external_data[:]
+    return True
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    for node in graph.node:
+        yield node
+        for item in node.attribute:
+            if item.type == AttributeProto.GRAPH:
+                yield from _nodes(item.g)
+
+
+def _shape(value: onnx.ValueInfoProto) -> Shape:
+    axes = value.type.tensor_type.shape.dim
+    return tuple(a.dim_value if a.HasField("dim_value") else a.dim_param or None for a in axes)
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -62,7 +62,7 @@ __all__ = [
     "write_manifest",
 ]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 MANIFEST: Final = "bundle.json"
 TOKENIZERS: Final = ("tokenizer", "tokenizer_2")
 GENERATOR_PARTS: Final = ("text_encoder", "text_encoder_2", "transformer", "vae_decoder")
@@ -75,7 +75,8 @@ class Bundle:
     """An opened bundle: the content of `bundle.json`, and `path` and `id` of the folder.
 
     `id` is the first 16 hex digits of the sha256 of `bundle.json`, which holds the sha256 of every
-    graph, so it names weights, precision files and settings together.
+    graph and of all other `files` (tokenizers, configs, the golden image), so it names weights,
+    precision files and settings together.
     """
 
     path: Path
@@ -85,6 +86,7 @@ class Bundle:
     created: str
     made_by: str
     parts: Mapping[str, Part]
+    files: tuple[Data, ...]
     model: ModelSpec
     scheduler: Mapping[str, Any]
     defaults: Defaults
@@ -98,7 +100,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = False) -> Bundle:
-        """Open a bundle's folder; `verify` reads every graph and compares its sha256.
+        """Open a bundle's folder; `verify` reads every file and compares its sha256.
 
         Raises:
             BundleError: no bundle there, another schema, a key unknown, missing or of another
@@ -164,7 +166,7 @@ class Bundle:
         Schedule.from_config(self.scheduler)
 
     def _check_files(self, verify: bool) -> None:
-        for data in self._graphs():
+        for data in (*self._graphs(), *self.files):
             found = self.file(data.path)
             if not found.is_file():
                 raise BundleError(f"{data.path} is missing")
@@ -174,10 +176,12 @@ class Bundle:
                 )
             if verify and sha256(found) != data.sha256:
                 raise BundleError(f"{data.path} is not what was exported: its sha256 differs")
+        listed = {data.path for data in self.files}
         others = [f"{tokenizer}/tokenizer.json" for tokenizer in TOKENIZERS]
         for relative in (*others, *([self.golden.image] if self.golden else [])):
-            if not self.file(relative).is_file():
-                raise BundleError(f"{relative} is missing")
+            self.file(relative)
+            if relative not in listed:
+                raise BundleError(f"{MANIFEST}.files has no {relative}, which a bundle needs")
 
     def _graphs(self) -> Iterator[Data]:
         for part in self.parts.values():

@@ -46,15 +46,23 @@ class PartParity:
 
 @dataclass(frozen=True)
 class File:
-    """One precision of one part. `engines` names who may run it; `data` is its external data."""
+    """One precision of one part. `engines` names who may run it, `data` is its external data.
+
+    `compared` are the engines that the figures of `parity` are the worst of; without a comparison
+    there are none. `emulated` are engines that compute in fp32 with numbers of this precision:
+    right for parity, of no use for speed. `quantized_ops` counts by engine, in the graph that it
+    executes, the operations in each type: {"openvino-cpu": {"FullyConnected": {"i8": 44}}}.
+    """
 
     path: str
     bytes: int
     sha256: str
     data: tuple[Data, ...]
     engines: tuple[str, ...]
+    compared: tuple[str, ...]
+    emulated: tuple[str, ...]
     quantized_ops: Mapping[str, Any]
-    parity: PartParity
+    parity: PartParity | None
 
 
 @dataclass(frozen=True)
@@ -117,20 +125,29 @@ class ClassifierSpec:
 
 @dataclass(frozen=True)
 class ImageParity:
-    """PSNR of whole images against eager ones, in dB, over `prompts` prompts."""
+    """PSNR in dB and SSIM (1 is equal) of whole images against eager ones in fp32 of the same
+    seeds, over `prompts` prompts. The export refuses a median below `tolerance_db`, and a worst
+    image below `tolerance_worst_db`."""
 
     prompts: int
     steps: int
     psnr_median_db: float
     psnr_worst_db: float
+    ssim_median: float
+    ssim_worst: float
     tolerance_db: float
+    tolerance_worst_db: float
 
 
 @dataclass(frozen=True)
 class ClassifierParity:
-    """Largest change of a probability against eager."""
+    """Largest change of a probability against eager, over `images` pictures; on photographs with
+    labels also the area under the ROC curve, and that of eager fp32."""
 
     max_probability_change: float
+    images: int
+    auc: float | None
+    auc_eager: float | None
 
 
 @dataclass(frozen=True)

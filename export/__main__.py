@@ -1,7 +1,12 @@
 """A checkpoint -> a bundle: traced, quantized, compared with eager torch, and only then put there.
 
     python -m export models/mini --out bundles/mini
-    python -m export models/mini --out bundles/mini --precision fp32 --prompts 16
+    python -m export models/mini --precision fp32,int8,fp8 --photographs ../isic
+    python -m export FLUX --precision bf16,fp8 --calibration flux.scales.npz --prompts 0
+
+A model that is too large to run on this machine is exported with `--prompts 0`, which compares
+nothing (and says so in the bundle), and with a table of scales that was made where it runs
+(`python -m export.quantize --calibrate`). No step holds more of it than its largest tensor.
 
 Progress goes to stderr. The last line of stdout is one JSON object: path, id, seconds, parity. The
 exit status is 0, 1 where the comparison refused the export, or 2 where it could not be made; in
@@ -16,24 +21,30 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dermaflux.bundle import GENERATOR_PARTS, PARTS, Bundle, write_manifest
+from dermaflux.bundle import GENERATOR_PARTS, PARTS, Bundle, Parity, write_manifest
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.errors import BundleError, DermaFluxError
+from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from dermaflux.images import encode_png
 from export.parity import ParityError, require
+from export.recipes import ENGINES, FILES, PRECISIONS, RECIPES
 from export.staging import staged
 
 if TYPE_CHECKING:
+    from export.reference import Picture, Reference
+    from export.scales import Scales
+    from export.shapes import Size
     from export.verify import Graph
 
 log = logging.getLogger("export")
 
-PRECISIONS: Final = ("fp32", "int8")
+DEFAULT: Final = ("fp32", "int8")
+CALIBRATED_ON: Final = 8
+"""Images that ranges are measured on: 160 steps of the embedded default."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -45,16 +56,40 @@ class Settings:
     """What to export; kept in the bundle's provenance."""
 
     checkpoint: Path = field(metadata=_help("folder that FluxPipeline.save_pretrained wrote"))
-    out: Path = field(metadata=_help("the bundle's folder; a bundle there is replaced on success"))
+    out: Path = field(
+        default=Path(),
+        metadata=_help(
+            "the bundle's folder; a bundle there is replaced on success; default: bundles/NAME"
+        ),
+    )
     precision: tuple[str, ...] = field(
-        default=PRECISIONS, metadata=_help("comma-separated: fp32 (always), int8; default: both")
+        default=DEFAULT,
+        metadata=_help(f"comma-separated, of {','.join(PRECISIONS)}; default: {','.join(DEFAULT)}"),
     )
     parts: tuple[str, ...] = field(
         default=(),
         metadata=_help(f"comma-separated, of {','.join(PARTS)}; default: all in the checkpoint"),
     )
+    engines: tuple[str, ...] = field(
+        default=ENGINES,
+        metadata=_help("comma-separated: engines that the bundle is for; default: all"),
+    )
+    calibration: Path | None = field(
+        default=None,
+        metadata=_help(
+            "a table of scales (python -m export.quantize --calibrate), or requests as JSON lines "
+            "to make one of; default: calibrate here on the model's own prompts"
+        ),
+    )
+    photographs: Path | None = field(
+        default=None,
+        metadata=_help(
+            "folder with metadata.jsonl or .csv (file_name, label), whose pictures the classifier "
+            "is compared on; default: on generated ones"
+        ),
+    )
     prompts: int = field(
-        default=8, metadata=_help("images compared with eager, and calibrated on; default: 8")
+        default=64, metadata=_help("images compared with eager; 0 compares nothing; default: 64")
     )
     seed: int = field(default=0, metadata=_help("of prompts, noise and guidance; default: 0"))
 
@@ -98,7 +133,7 @@ def export(settings: Settings) -> Bundle:
         EngineError: weights do not fit their config, a library is missing, or int8 is not active.
         ParityError: a graph or an image is too far from eager torch.
     """
-    parts = _check(settings)
+    settings, parts = _check(settings)
     # Not at the top: torch takes seconds to import, and a misspelt option none.
     from export.source import require_complete
 
@@ -113,70 +148,178 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
     """All of the bundle into its folder: settings, graphs, golden image, manifest."""
     from transformers.utils import logging as transformers_logging
 
-    from export import compare, manifest, quantize, shapes, source, trace, verify
-    from export.reference import Reference, requests
+    from export import compare, manifest, source
 
     # A bar for every part that takes a tenth of a second to load.
     transformers_logging.disable_progress_bar()
     say = _clock()
-    asked = requests(checkpoint, settings.prompts, settings.seed)
-    reference = Reference.make(checkpoint, parts, asked)
-    say(f"eager torch made {len(asked)} images in {asked[0].steps} steps each")
+    reference = _reference(settings, checkpoint, parts, say)
+    table = _table(settings, checkpoint, parts, say)
     source.write_settings(checkpoint, folder, parts)
     graphs: list[Graph] = []
     for part in parts:
-        graph = folder / part / verify.FILES["fp32"]
-        example = shapes.examples(checkpoint, part, shapes.sizes(checkpoint)[1])
-        trace.trace(reference.modules[part], example, graph)
-        verify.standard(graph)
-        graphs.append(
-            verify.part(graph, part, "fp32", [*reference.seen[part], *reference.sized[part]])
+        graphs += _graphs(folder, settings, checkpoint, part, table, reference, say)
+    rows = [row for graph in graphs for row in graph.rows]
+    parity, golden = Parity({}, {}), None
+    if reference is not None:
+        parity, golden, more = compare.whole(folder, settings.precision, checkpoint, reference)
+        say("images compared")
+        rows += more
+        require(rows)
+        (folder / golden.image).write_bytes(
+            encode_png(reference.images[0], {k: str(v) for k, v in golden.request.items()})
         )
-        say(f"{part} traced, {graphs[-1].parity.relative:.1e} from eager")
-    if "int8" in settings.precision:
-        # Other prompts and seeds than those that are compared.
-        other = requests(checkpoint, settings.prompts, settings.seed + 1)
-        samples = quantize.calibrate(checkpoint, folder, other)
-        say(f"the graphs made {len(other)} images to calibrate on")
-        for part in (part for part in quantize.PARTS if part in parts):
-            graph = folder / part / verify.FILES["int8"]
-            products = quantize.quantize(folder / part / verify.FILES["fp32"], graph, samples[part])
-            verify.standard(graph)
-            graphs.append(verify.part(graph, part, "int8", reference.seen[part]))
-            verify.require_active(graphs[-1], products)
-            say(f"{part} quantized, {products} products in int8")
-    parity, golden, rows = compare.whole(folder, settings.precision, checkpoint, reference)
-    say("images compared")
-    rows = [row for graph in graphs for row in graph.rows] + rows
-    require(rows)
     for row in rows:
         log.info("  %s", row)
-    (folder / golden.image).write_bytes(
-        encode_png(reference.images[0], {k: str(v) for k, v in golden.request.items()})
-    )
+    _note_sizes(graphs)
     kept = {name: _plain(value) for name, value in asdict(settings).items()}
+    kept["calibrated_on"] = None if table is None else table.request_set
     write_manifest(
         folder,
-        manifest.content(folder, kept, checkpoint, reference.sized, graphs, parity, golden),
+        manifest.content(folder, kept, checkpoint, settings.engines, graphs, parity, golden),
     )
 
 
-def _check(settings: Settings) -> tuple[str, ...]:
-    """The parts to export, in the order of `PARTS`; raises a BundleError for wrong settings."""
+def _reference(
+    settings: Settings, checkpoint: Checkpoint, parts: Sequence[str], say: Callable[[str], None]
+) -> Reference | None:
+    """What eager torch makes, unless nothing is to be compared.
+
+    Raises:
+        EngineError: the model does not fit into this machine's memory.
+    """
+    if not settings.prompts:
+        log.info("nothing is compared with eager torch, and the bundle says so")
+        return None
+    from export.calibrate import require_room
+    from export.reference import Reference, read_pictures, requests
+
+    pictures: Sequence[Picture] = (
+        read_pictures(settings.photographs) if settings.photographs is not None else ()
+    )
+    try:
+        require_room(checkpoint, parts, 4, "comparing")
+    except EngineError as error:
+        raise EngineError(f"{error}; export without comparing: --prompts 0") from error
+    asked = requests(checkpoint, settings.prompts, settings.seed)
+    reference = Reference.make(checkpoint, parts, asked, pictures)
+    say(f"eager torch made {len(asked)} images in {asked[0].steps} steps each")
+    return reference
+
+
+def _table(
+    settings: Settings, checkpoint: Checkpoint, parts: Sequence[str], say: Callable[[str], None]
+) -> Scales | None:
+    """The table of scales, read or made; none where no precision needs one.
+
+    Raises:
+        BundleError: the table is not of this checkpoint.
+        EngineError: there is none, and the model is too large to be calibrated here.
+    """
+    from export.calibrate import calibrate, needing_scales
+    from export.reference import read_requests, requests
+    from export.scales import Scales, command
+
+    needing = [part for part in needing_scales(checkpoint) if part in parts]
+    if not any(RECIPES[p][part].kind for p in settings.precision for part in RECIPES[p]):
+        return None
+    given = settings.calibration
+    if given is not None and given.suffix != ".jsonl":
+        table = Scales.open(given)
+        for part in needing:
+            table.require(checkpoint.path, part)
+        return table
+    if given is not None:
+        asked = read_requests(checkpoint, given)
+    else:
+        # Other prompts and seeds than those that are compared.
+        asked = requests(checkpoint, CALIBRATED_ON, settings.seed + 1)
+    try:
+        table = calibrate(checkpoint, asked)
+    except EngineError as error:
+        raise EngineError(
+            f"{error}. Make a table of scales on a machine that holds the model, and name it with "
+            f"--calibration: {command(checkpoint.path)} --device cuda --dtype bf16"
+        ) from error
+    say(f"calibrated on {len(asked)} images")
+    return table
+
+
+def _graphs(
+    folder: Path,
+    settings: Settings,
+    checkpoint: Checkpoint,
+    part: str,
+    table: Scales | None,
+    reference: Reference | None,
+    say: Callable[[str], None],
+) -> Iterator[Graph]:
+    """A part's files: traced once, then said in every precision that there is a recipe for."""
+    from export import shapes, trace, verify
+    from export.lower import lower
+    from export.quantized import quantized
+
+    model = trace.trace(checkpoint.path, part, shapes.examples(checkpoint, part, _size(checkpoint)))
+    say(f"{part} traced")
+    # What has no recipe in any precision that was asked for runs in fp32.
+    asked = [precision for precision in settings.precision if part in RECIPES[precision]]
+    for precision in asked or ["fp32"]:
+        recipe, graph = RECIPES[precision][part], folder / part / FILES[precision]
+        variant = lower(model.clone(), recipe)
+        products = 0
+        if recipe.kind is not None:
+            assert table is not None
+            products = quantized(variant, recipe, table.parts.get(part, {}))
+        trace.write(variant, graph)
+        verify.standard(graph)
+        if reference is None:
+            say(f"{part} written in {precision}")
+            yield verify.Graph(graph, part, precision)
+            continue
+        sized = reference.sized[part] if precision == "fp32" else ()
+        found = verify.part(graph, part, precision, [*reference.seen[part], *sized])
+        verify.require_active(found, products)
+        assert found.parity is not None
+        say(f"{part} in {precision}, {found.parity.relative:.1e} from eager")
+        yield found
+
+
+def _size(checkpoint: Checkpoint) -> Size:
+    from export.shapes import sizes
+
+    # Of more than one item: torch takes an axis of one for a constant.
+    return sizes(checkpoint)[1]
+
+
+def _note_sizes(graphs: Sequence[Graph]) -> None:
+    """Bytes of every file, and the share of the part's in fp32."""
+    from export.trace import size
+
+    whole = {graph.part: size(graph.path) for graph in graphs if graph.precision == "fp32"}
+    for graph in graphs:
+        count = size(graph.path)
+        share = f", {count / whole[graph.part]:.3f} of fp32" if graph.part in whole else ""
+        log.info("  %-15s %-5s %14d bytes%s", graph.part, graph.precision, count, share)
+
+
+def _check(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """The settings in full, and the parts to export in the order of `PARTS`.
+
+    Raises:
+        BundleError: they are wrong, or contradict each other.
+    """
     for option, names, known in (
         ("--precision", settings.precision, PRECISIONS),
         ("--parts", settings.parts, PARTS),
+        ("--engines", settings.engines, ENGINES),
     ):
         unknown = [name for name in names if name not in known]
         if unknown:
             raise BundleError(f"{option} {unknown[0]!r} is not known; use {', '.join(known)}")
-    if "fp32" not in settings.precision:
-        raise BundleError(
-            f"--precision {','.join(settings.precision)} lacks fp32, which the parts without "
-            "another precision run in; use fp32,int8"
-        )
-    if settings.prompts < 1:
-        raise BundleError(f"--prompts {settings.prompts} compares nothing; use 1 or more")
+    if not settings.precision or not settings.engines:
+        raise BundleError("--precision and --engines need a name each")
+    if settings.prompts < 0:
+        raise BundleError(f"--prompts {settings.prompts} is less than none; use 0 or more")
     present = (settings.checkpoint / "classifier").is_dir()
     wanted = settings.parts or tuple(p for p in PARTS if p != "classifier" or present)
     absent = [part for part in GENERATOR_PARTS if part not in wanted]
@@ -185,7 +328,10 @@ def _check(settings: Settings) -> tuple[str, ...]:
             f"--parts lacks {', '.join(absent)}, which every bundle has; only "
             f"{' and '.join(p for p in PARTS if p not in GENERATOR_PARTS)} may be left out"
         )
-    return tuple(part for part in PARTS if part in wanted)
+    if settings.out == Path():
+        settings = replace(settings, out=Path("bundles") / settings.checkpoint.resolve().name)
+    ordered = tuple(name for name in PRECISIONS if name in settings.precision)
+    return replace(settings, precision=ordered), tuple(part for part in PARTS if part in wanted)
 
 
 def _clock() -> Callable[[str], None]:
@@ -211,7 +357,8 @@ def _parse(arguments: Sequence[str] | None) -> Settings:
         prog="python -m export", description="Make a bundle of a Flux checkpoint."
     )
     for option in fields(Settings):
-        kind = {"Path": Path, "int": int}.get(str(option.type), _names)
+        kinds = {"Path": Path, "Path | None": Path, "int": int}
+        kind = kinds.get(str(option.type), _names)
         text = option.metadata["help"]
         if option.name == "checkpoint":
             parser.add_argument(option.name, type=kind, help=text)

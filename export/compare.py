@@ -17,15 +17,17 @@ from dermaflux.bundle import ClassifierParity, Golden, ImageParity, Parity
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.classifier import predict
 from export.parity import (
+    AUC_TOLERANCE,
     PROBABILITY_TOLERANCE,
-    Case,
     Row,
     image_parity,
     image_rows,
     psnr,
+    roc_auc,
 )
+from export.recipes import FILES
 from export.reference import Reference
-from export.verify import FILES, engines, open_graph, pipeline
+from export.verify import engines, open_graph, pipeline
 
 GOLDEN_DB: Final = 30.0
 GOLDEN_MARGIN_DB: Final = 3.0
@@ -45,15 +47,13 @@ def whole(
         images[precision] = {}
         for engine in engines(precision):
             made = pipeline(checkpoint, folder, engine, precision)[0].generate(reference.requests)
-            ratios = [psnr(*pair) for pair in zip(made, reference.images, strict=True)]
-            found = image_parity(ratios, reference.requests[0].steps, precision)
+            found = image_parity(made, reference.images, reference.requests[0].steps, precision)
             images[precision][engine] = found
             rows += image_rows(found, precision, engine)
-            first.append(ratios[0])
+            first.append(psnr(made[0], reference.images[0]))
         graph = folder / "classifier" / FILES[precision]
         if graph.exists():
-            more = _probabilities(checkpoint, graph, precision, reference.seen["classifier"])
-            classifier[precision] = ClassifierParity(max(row.measured for row in more))
+            classifier[precision], more = _probabilities(checkpoint, graph, precision, reference)
             rows += more
     golden = Golden(
         request=asdict(reference.requests[0]),
@@ -64,23 +64,34 @@ def whole(
 
 
 def _probabilities(
-    checkpoint: Checkpoint, graph: Path, precision: str, cases: Sequence[Case]
-) -> list[Row]:
-    """The largest change of a probability of malignancy against the cases, on every engine."""
+    checkpoint: Checkpoint, graph: Path, precision: str, reference: Reference
+) -> tuple[ClassifierParity, list[Row]]:
+    """The largest change of a probability of malignancy, and where the pictures have labels the
+    area under the ROC curve: the worst over the engines."""
     spec = checkpoint.classifier
     assert spec is not None
-    rows = []
+    cases = reference.seen["classifier"]
+    labels = [picture.malignant for picture in reference.pictures]
+    expected = [
+        predict(logits, spec).probability for case in cases for logits in case.outputs["logits"]
+    ]
+    eager = roc_auc(expected, labels) if labels else None
+    rows: list[Row] = []
+    changes: list[float] = []
+    areas: list[float] = []
     for engine in engines(precision):
         opened = open_graph(engine, graph, precision)
-        pairs = [
-            pair
+        found = [
+            predict(logits, spec).probability
             for case in cases
-            for pair in zip(opened.run(case.inputs)["logits"], case.outputs["logits"], strict=True)
+            for logits in opened.run(case.inputs)["logits"]
         ]
-        change = max(
-            abs(predict(found, spec).probability - predict(expected, spec).probability)
-            for found, expected in pairs
-        )
+        changes.append(max(abs(a - b) for a, b in zip(found, expected, strict=True)))
         bound = PROBABILITY_TOLERANCE[precision]
-        rows.append(Row("probability", precision, engine, change, bound, "of change"))
-    return rows
+        rows.append(Row("probability", precision, engine, changes[-1], bound, "of change"))
+        if eager is not None:
+            areas.append(roc_auc(found, labels))
+            moved = abs(areas[-1] - eager)
+            rows.append(Row("ROC area", precision, engine, moved, AUC_TOLERANCE, "of change"))
+    worst = None if eager is None else max(areas, key=lambda area: abs(area - eager))
+    return ClassifierParity(max(changes), len(expected), worst, eager), rows

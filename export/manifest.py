@@ -12,11 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import onnx
+
 from dermaflux import __version__
-from dermaflux.bundle import SCHEMA, Data, File, Golden, Licence, Parity, Part, sha256
+from dermaflux.bundle import SCHEMA, Data, File, Golden, Licence, Parity, Part, Tensor, sha256
 from dermaflux.checkpoint import UNKNOWN_LICENCE, Checkpoint
 from dermaflux.prompt import WORDING
-from export.parity import Case
+from export.recipes import EMULATED, MAY_RUN
 from export.shapes import describe
 from export.verify import Graph
 
@@ -27,14 +29,14 @@ def content(
     folder: Path,
     settings: Mapping[str, Any],
     checkpoint: Checkpoint,
-    cases: Mapping[str, Sequence[Case]],
+    engines: Sequence[str],
     graphs: Sequence[Graph],
     parity: Parity,
-    golden: Golden,
+    golden: Golden | None,
 ) -> dict[str, Any]:
     """Plain JSON values, for `dermaflux.bundle.write_manifest`.
 
-    The parts are those of `cases`, whose arrays are in the order of the graph's tensors.
+    `engines` are those that the bundle is for: the matrix is cut down to them.
     """
     provenance = checkpoint.provenance
     made_with = {name: importlib.metadata.version(name) for name in LIBRARIES}
@@ -46,13 +48,17 @@ def content(
         "parts": {
             name: asdict(
                 Part(
-                    inputs=tuple(describe(*item) for item in cases[name][0].inputs.items()),
-                    outputs=tuple(describe(*item) for item in cases[name][0].outputs.items()),
-                    files={g.precision: _file(folder, g) for g in graphs if g.part == name},
+                    *_tensors(next(graph.path for graph in graphs if graph.part == name)),
+                    files={
+                        graph.precision: _file(folder, graph, engines)
+                        for graph in graphs
+                        if graph.part == name
+                    },
                 )
             )
-            for name in cases
+            for name in dict.fromkeys(graph.part for graph in graphs)
         },
+        "files": [asdict(data) for data in _others(folder, graphs)],
         "model": asdict(checkpoint.model),
         "scheduler": dict(checkpoint.scheduler),
         "defaults": asdict(checkpoint.defaults),
@@ -61,21 +67,40 @@ def content(
         "wording": provenance.get("wording") or WORDING,
         "classifier": asdict(checkpoint.classifier) if checkpoint.classifier else None,
         "parity": asdict(parity),
-        "golden": asdict(golden),
+        "golden": asdict(golden) if golden else None,
         "provenance": {**provenance, "export": {**settings, "libraries": made_with}},
         "licences": [asdict(licence) for licence in _licences(provenance)],
     }
 
 
-def _file(folder: Path, graph: Graph) -> File:
+def _tensors(graph: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs and outputs of a graph, in its order."""
+    found = onnx.load(str(graph), load_external_data=False).graph
+    return (
+        tuple(describe(value) for value in found.input),
+        tuple(describe(value) for value in found.output),
+    )
+
+
+def _file(folder: Path, graph: Graph, engines: Sequence[str]) -> File:
     data = graph.path.with_name(f"{graph.path.name}.data")
     return File(
         **asdict(_data(folder, graph.path)),
         data=(_data(folder, data),) if data.exists() else (),
-        engines=graph.engines,
+        engines=tuple(name for name in MAY_RUN[graph.precision] if name in engines),
+        compared=graph.compared,
+        emulated=tuple(n for n in EMULATED.get(graph.precision, ()) if n in engines),
         quantized_ops=graph.operations,
         parity=graph.parity,
     )
+
+
+def _others(folder: Path, graphs: Sequence[Graph]) -> list[Data]:
+    """Every file beside the graphs: tokenizers, configs, the golden image."""
+    known = {graph.path for graph in graphs}
+    known |= {path.with_name(f"{path.name}.data") for path in known}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in known)
+    return [_data(folder, path) for path in files]
 
 
 def _data(folder: Path, file: Path) -> Data:

@@ -5,7 +5,7 @@ length is not: Flux does not mask its text, so another length is another image.
 
     >>> examples(checkpoint, "vae_decoder", Size(batch=2, height=64, width=96))
     {'latent_sample': float32 [2, 16, 8, 12]}
-    >>> describe("latent_sample", array)
+    >>> describe(graph.input[0])
     Tensor(name='latent_sample', dtype='float32', shape=('batch', 16, 'latent_height', ...))
 """
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from dermaflux import flow
@@ -43,6 +44,7 @@ AXES: Final[Mapping[str, Mapping[int, str]]] = {
     "pixel_values": {0: "batch"},
     "logits": {0: "batch"},
     "features": {0: "batch"},
+    "saliency": {0: "batch"},
 }
 """Tensor name -> its free axes. A name means the same in every part that has it."""
 
@@ -56,11 +58,13 @@ class Size:
     width: int
 
 
-def describe(name: str, array: NDArray[Any]) -> Tensor:
-    """The entry of `bundle.json` for a tensor, from an array that it held."""
-    free = AXES[name]
-    shape = tuple(free.get(axis, length) for axis, length in enumerate(array.shape))
-    return Tensor(name, str(array.dtype), shape)
+def describe(value: onnx.ValueInfoProto) -> Tensor:
+    """The entry of `bundle.json` for an input or output of a graph."""
+    kind = value.type.tensor_type
+    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type))
+    return Tensor(
+        value.name, dtype, tuple(axis.dim_param or axis.dim_value for axis in kind.shape.dim)
+    )
 
 
 def sizes(checkpoint: Checkpoint) -> tuple[Size, ...]:

@@ -13,20 +13,16 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
 
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from dermaflux import vocabulary
 from dermaflux.bundle import TOKENIZERS
 from dermaflux.checkpoint import Checkpoint
+from dermaflux.engines import eager
 from dermaflux.errors import BundleError
-from dermaflux.tokens import Tokens
-
-PICKLES: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack")
-_TOKENIZER_FILES: Final = ("tokenizer.json", "vocab.json", "spiece.model")
-"""Any of these makes a tokenizer; transformers converts the older two."""
+from export import tokenizer
 
 
 def folder_of(part: str) -> str:
@@ -87,16 +83,12 @@ def write_settings(checkpoint: Checkpoint, bundle: Path, parts: Sequence[str]) -
     Raises:
         BundleError: a tokenizer cannot be converted.
     """
-    shutil.copyfile(checkpoint.path / "model_index.json", bundle / "model_index.json")
     shutil.copytree(checkpoint.path / "scheduler", bundle / "scheduler")
     for part in parts:
         (bundle / part).mkdir(exist_ok=True)
         config = checkpoint.path / folder_of(part) / "config.json"
         shutil.copyfile(config, bundle / part / "config.json")
-    lengths = (checkpoint.model.clip_length, checkpoint.model.text_length)
-    for name, length in zip(TOKENIZERS, lengths, strict=True):
-        shutil.copytree(checkpoint.path / name, bundle / name, ignore=_ignore_pickles)
-        _write_tokenizer(checkpoint.path / name, bundle / name / "tokenizer.json", length)
+    tokenizer.write(checkpoint, bundle)
 
 
 def _problems(checkpoint: Path, parts: Sequence[str]) -> Iterator[str]:
@@ -104,8 +96,7 @@ def _problems(checkpoint: Path, parts: Sequence[str]) -> Iterator[str]:
         if not (checkpoint / name).is_file():
             yield f"{name} is missing"
     for name in TOKENIZERS:
-        if not any((checkpoint / name / file).is_file() for file in _TOKENIZER_FILES):
-            yield f"{name}/ has none of {', '.join(_TOKENIZER_FILES)}"
+        yield from vocabulary.problems(checkpoint / name)
     for name in dict.fromkeys(folder_of(part) for part in parts):
         if not (checkpoint / name / "config.json").is_file():
             yield f"{name}/config.json is missing"
@@ -125,13 +116,7 @@ def _weight_problems(folder: Path) -> Iterator[str]:
     for name in sorted(names):
         where = f"{folder.name}/{name}"
         if not (folder / name).is_file():
-            pickles = sorted(file.name for kind in PICKLES for file in folder.glob(kind))
-            instead = (
-                f" (a pickle, {pickles[0]}, is there and is refused: opening it runs its code)"
-                if pickles
-                else ""
-            )
-            yield f"{where} is missing{instead}"
+            yield f"{where} is missing{eager.pickled(folder)}"
             continue
         try:
             _keys(folder / name)
@@ -147,25 +132,3 @@ def _is_transformers(folder: Path) -> bool:
 def _keys(file: Path) -> list[str]:
     with safe_open(file, framework="numpy") as tensors:
         return list(tensors.keys())
-
-
-def _ignore_pickles(folder: str, names: list[str]) -> set[str]:
-    return {name for name in names for kind in PICKLES if Path(name).match(kind)}
-
-
-def _write_tokenizer(source: Path, target: Path, length: int) -> None:
-    """`tokenizer.json` with truncation and padding to `length` inside.
-
-    FLUX.1 as downloaded has vocabulary and merges for CLIP, and neither has a length inside.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        opened: Any = AutoTokenizer.from_pretrained(source)
-        tokenizer = Tokenizer.from_str(opened.backend_tokenizer.to_str())
-    except Exception as error:  # A dozen kinds, by format and converter.
-        raise BundleError(f"{source} is not a tokenizer that can be converted: {error}") from error
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=opened.pad_token_id, pad_token=opened.pad_token)
-    tokenizer.save(str(target))
-    Tokens.open(target, length)

@@ -1,4 +1,10 @@
-"""A part in torch -> an ONNX graph of standard operators, in fp32.
+"""A part of a checkpoint -> an ONNX graph of standard operators, without its weights in memory.
+
+The part is built on torch's "meta" device, where a tensor has a shape and no numbers, and traced
+there; the initializers of the graph are then tensors of the shards themselves, read one by one
+when the graph is written (`export.weights`). So a model of 12 billion parameters is traced in the
+memory of its graph, and written in that of its largest tensor. Small and large models, and all
+precisions, take this road.
 
 `torch.onnx.export(dynamo=True)` at opset 23, the first with RotaryEmbedding, Attention and
 RMSNormalization, which engines have kernels for; opset 20 spells them out.
@@ -9,14 +15,20 @@ not have, and rotation is the operator RotaryEmbedding instead of stacked slices
 transformer of 9 M parameters at batch 4, OpenVINO on one core: 90 ms at opset 20, 86 ms at opset
 23, 73 ms with RotaryEmbedding; in int8 on two cores 38 ms without it and 28 ms with it.
 
-    >>> trace(eager.module(Path("models/mini"), "transformer"), inputs, Path("model.onnx"))
+The exporter's optimizer folds what is constant, and it would fold the transposed weights of the
+linear layers in memory, and keep them; so they are transposed on the way from the shard instead,
+and the optimizer sees none. What it leaves otherwise (sequences, CastLike, a Transpose of a
+weight) has no place in the final graph, and `export.verify.standard` refuses it.
+
+    >>> model = trace(Path("models/mini"), "transformer", inputs)
+    >>> write(model, Path("model.onnx"))
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -28,11 +40,18 @@ from onnx_ir.passes import common
 from torch import nn
 from torch.nn import functional
 
+from dermaflux.engines import eager
+from dermaflux.errors import BundleError
 from export.shapes import AXES, Arrays
+from export.source import folder_of
+from export.weights import cast, named, stored, transposed
 
 OPSET: Final = 23
-INLINE_BYTES: Final = 1_900_000_000
-"""A protobuf file ends at 2 GiB; weights beyond this go to a file of their own beside the graph."""
+INLINE_BYTES: Final = 128 * 2**20
+"""Weights of more than this in all go to a file of their own beside the graph. A protobuf file
+ends at 2 GiB, and is in memory several times over whenever it is written or opened."""
+SMALL: Final = 2**16
+"""Tensors of fewer bytes stay in the graph: scales, biases and shapes, which readers look at."""
 
 
 class RotaryAngles(nn.Module):
@@ -103,31 +122,116 @@ class RotaryAttention:
         return image, attn.to_add_out(mixed[:, :length])
 
 
-def trace(part: nn.Module, inputs: Arrays, graph: Path, inline_bytes: int = INLINE_BYTES) -> None:
-    """Write the graph of a part, with inputs, outputs and free axes named as in `AXES`.
+def trace(checkpoint: Path, part: str, inputs: Arrays) -> onnx_ir.Model:
+    """The graph of a part in fp32, with inputs, outputs and free axes named as in `AXES`.
 
-    `part` has `.inputs` and `.outputs`, the names of its tensors in order; it is changed. `inputs`
-    are example arrays; no size of a free axis of theirs gets into the graph. Weights of more than
-    `inline_bytes` in all go to `<graph>.data`.
+    `inputs` are example arrays; no size of a free axis of theirs gets into the graph. Initializers
+    are read from the checkpoint's shards when their numbers are asked for.
+
+    Raises:
+        BundleError: the shards lack a tensor.
     """
-    _restate(part)
-    names: tuple[str, ...] = part.inputs  # type: ignore[assignment]
-    outputs: tuple[str, ...] = part.outputs  # type: ignore[assignment]
+    module, buffers = _skeleton(checkpoint, part)
+    names: tuple[str, ...] = module.inputs  # type: ignore[assignment]
+    outputs: tuple[str, ...] = module.outputs  # type: ignore[assignment]
     free = tuple({axis: torch.export.Dim.DYNAMIC for axis in AXES[name]} or None for name in names)
     with _quiet():
         program = torch.onnx.export(
-            part,
-            tuple(torch.from_numpy(inputs[name]) for name in names),
+            module,
+            tuple(torch.from_numpy(inputs[name]).to("meta") for name in names),
             dynamo=True,
             dynamic_shapes=free,
             input_names=list(names),
             output_names=list(outputs),
             opset_version=OPSET,
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
-    assert program is not None
-    _write(_tidy(program.model), graph, inline_bytes)
+        assert program is not None
+        _fill(program.model.graph, module, buffers, checkpoint / folder_of(part))
+        _turn(program.model.graph)
+        program.optimize()
+    return _tidy(program.model)
+
+
+def write(
+    model: onnx_ir.Model, graph: Path, inline_bytes: int = INLINE_BYTES, small: int = SMALL
+) -> None:
+    """Write a graph, its weights tensor by tensor; of more than `inline_bytes` in all, those of
+    `small` bytes and more go to `<graph>.data`."""
+    values = model.graph.initializers.values()
+    weights = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+    external = f"{graph.name}.data" if weights > inline_bytes else None
+    onnx_ir.save(model, str(graph), external_data=external, size_threshold_bytes=small)
+    onnx.checker.check_model(str(graph), full_check=True)
+
+
+def size(graph: Path) -> int:
+    """Bytes of a graph and of the weights beside it."""
+    data = graph.with_name(f"{graph.name}.data")
+    return graph.stat().st_size + (data.stat().st_size if data.exists() else 0)
+
+
+def _skeleton(checkpoint: Path, part: str) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
+    """A part on the device "meta", and the numbers of its buffers, which no shard need hold."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    with init_empty_weights():
+        module = eager.module(checkpoint, part, weights=False)
+    _restate(module)
+    buffers = dict(module.named_buffers())
+    module = module.to("meta")
+    tie = getattr(module.model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return module, buffers
+
+
+def _fill(
+    graph: onnx_ir.Graph,
+    module: nn.Module,
+    buffers: Mapping[str, torch.Tensor],
+    folder: Path,
+) -> None:
+    """Give every initializer the shards' tensor, or the buffer, that it stands for."""
+    shards = stored(folder)
+    # transformers 5 drops the outermost name of CLIP's tensors, older checkpoints have it.
+    found = {key.split(".", 1)[1]: tensor for key, tensor in shards.items() if "." in key} | shards
+    ties: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        ties.setdefault(id(parameter), []).append(name.removeprefix("model."))
+    aliases = {name: names for names in ties.values() for name in names}
+    for key, value in graph.initializers.items():
+        name = key.removeprefix("model.")
+        if key in buffers and name not in found:
+            value.const_value = onnx_ir.Tensor(buffers[key].numpy(), name=key)
+        elif getattr(getattr(value.const_value, "raw", None), "is_meta", False):
+            assert value.const_value is not None
+            source = next((found[n] for n in aliases.get(name, [name]) if n in found), None)
+            if source is None or tuple(source.shape) != tuple(value.const_value.shape):
+                has = "lack" if source is None else f"have {list(source.shape)} as"
+                raise BundleError(
+                    f"the weights in {folder} {has} {name}, which needs "
+                    f"{list(value.const_value.shape)}; the file is of another model or was cut"
+                )
+            value.const_value = named(cast(source, value.const_value.dtype), key)
+
+
+def _turn(graph: onnx_ir.Graph) -> None:
+    """Weights behind a Transpose -> transposed weights: a MatMul wants [in, out]."""
+    for node in tuple(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or len(weight.uses()) != 1:
+            continue
+        assert weight.const_value is not None
+        order = node.attributes["perm"].as_ints()
+        if list(order) != [1, 0]:
+            continue
+        tensor = transposed(weight.const_value)
+        weight.const_value = tensor
+        weight.shape = onnx_ir.Shape(tensor.shape)
+        node.outputs[0].replace_all_uses_with(weight)
+        graph.remove(node, safe=True)
 
 
 def _restate(part: nn.Module) -> None:
@@ -154,7 +258,7 @@ def _tidy(model: onnx_ir.Model) -> onnx_ir.Model:
         # A printed Python list: the scopes from the outermost to the node itself.
         scope = scopes.strip("[]").replace("'", "").split(", ")[-2:-1]
         module = scope[0].removeprefix("model.") if scope else ""
-        if node.op_type in ("MatMul", "Gemm") and module and module not in taken:
+        if node.op_type in ("MatMul", "Gemm", "Conv") and module and module not in taken:
             node.name = module
             taken.add(module)
             weight = node.inputs[1]
@@ -181,17 +285,6 @@ def _rename(graph: onnx_ir.Graph, weight: onnx_ir.Value, name: str) -> None:
         graph.initializers.pop(str(weight.name))
         weight.name = name
         graph.initializers[name] = weight
-
-
-def _write(model: onnx_ir.Model, graph: Path, inline_bytes: int) -> None:
-    weights = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
-    external = f"{graph.name}.data" if weights > inline_bytes else None
-    onnx_ir.save(model, str(graph), external_data=external)
-    onnx.checker.check_model(str(graph), full_check=True)
 
 
 @contextmanager

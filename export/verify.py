@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,39 +33,47 @@ from export.parity import (
     Row,
     part_parity,
 )
-
-FILES: Final[Mapping[str, str]] = {"fp32": "model.onnx", "int8": "model_int8.onnx"}
-"""Precision -> the name of its file; Optimum opens `model.onnx`."""
-
-_MAY_RUN: Final[Mapping[str, tuple[str, ...]]] = {"fp32": (OPENVINO, ORT), "int8": (OPENVINO,)}
-"""Symmetric int8 wins nothing on ONNX Runtime's CPU kernels, which want unsigned activations: a
-step of the transformer took 0.9 to 1.1 times that of fp32 there, and on OpenVINO half."""
+from export.quantized import PRODUCTS
+from export.recipes import COMPARED, FILES, MAY_RUN
+from export.shapes import AXES
 
 _COMPUTE: Final = ("FullyConnected", "MatMul", "Convolution")
+_INTEGER: Final = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm")
+
+
+_JUNK: Final = (
+    "SequenceAt",
+    "SplitToSequence",
+    "SequenceConstruct",
+    "ConcatFromSequence",
+    "CastLike",
+)
+"""What the exporter writes before its optimizer ran, and some engine or other has no kernel for."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A file of the bundle, compared: the worst over the engines that may run it."""
+    """A file of the bundle: the worst over the engines that it was compared on, if on any."""
 
     path: Path
     part: str
     precision: str
-    engines: tuple[str, ...]
-    operations: Mapping[str, Mapping[str, int]]
-    parity: PartParity
-    rows: tuple[Row, ...]
+    compared: tuple[str, ...] = ()
+    operations: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    parity: PartParity | None = None
+    rows: tuple[Row, ...] = ()
 
 
 def engines(precision: str) -> tuple[str, ...]:
-    """Engines that may run files of a precision and are installed: listed means compared.
+    """Engines that may run files of a precision here, where they are compared.
 
     Raises:
         EngineError: none is installed.
     """
-    found = tuple(name for name in _MAY_RUN[precision] if installed(name))
+    able = [name for name in MAY_RUN[precision] if name in COMPARED]
+    found = tuple(name for name in able if installed(name))
     if not found:
-        require(_MAY_RUN[precision][0])
+        require(able[0])
     return found
 
 
@@ -107,7 +116,7 @@ def pipeline(
 
 
 def part(graph: Path, name: str, precision: str, cases: Sequence[Case]) -> Graph:
-    """Compare a file with the cases of its part, on every engine that may run it."""
+    """Compare a file with the cases of its part, on every engine here that may run it."""
     tolerance = PART_TOLERANCE[precision]
     found = {
         engine: part_parity(open_graph(engine, graph, precision), cases, tolerance)
@@ -117,8 +126,8 @@ def part(graph: Path, name: str, precision: str, cases: Sequence[Case]) -> Graph
         path=graph,
         part=name,
         precision=precision,
-        engines=tuple(sorted(found)),
-        operations={} if precision == "fp32" else operations(graph),
+        compared=tuple(sorted(found)),
+        operations={} if precision == "fp32" else operations(graph, tuple(found)),
         parity=max(found.values(), key=lambda parity: parity.relative),
         rows=tuple(
             Row(name, precision, engine, parity.relative, tolerance, "of the largest output")
@@ -131,30 +140,49 @@ def standard(graph: Path) -> None:
     """Check that a graph is what every engine takes.
 
     Raises:
-        ParityError: an operator of no standard domain, a tensor of double precision, or an input
-            or output that is neither float32 nor int64.
+        ParityError: an operator of no standard domain or of the exporter's sequences, a tensor of
+            double precision, a weight behind a Transpose, an input or output that is neither
+            float32 nor int64, or one whose name or axes are the exporter's and not `shapes.AXES`'.
     """
     model = onnx.load(str(graph), load_external_data=False)
-    foreign = {node.domain for node in model.graph.node} | {o.domain for o in model.opset_import}
+    nodes = model.graph.node
+    foreign = {node.domain for node in nodes} | {o.domain for o in model.opset_import}
     inferred = onnx.shape_inference.infer_shapes(model).graph
+    weights = {weight.name for weight in model.graph.initializer}
     kinds = {weight.data_type for weight in model.graph.initializer}
     kinds |= {value.type.tensor_type.elem_type for value in inferred.value_info}
-    borders = {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)}
+    ends = (*model.graph.input, *model.graph.output)
+    borders = {value.type.tensor_type.elem_type for value in ends}
     problems = [f"operators of {domain}" for domain in sorted(foreign - {"", "ai.onnx"})]
+    problems += [f"the operator {k}" for k in sorted({node.op_type for node in nodes} & {*_JUNK})]
+    turned = [n.input[0] for n in nodes if n.op_type == "Transpose" and n.input[0] in weights]
+    if turned:
+        problems.append(f"{len(turned)} weights behind a Transpose ({turned[0]})")
     if TensorProto.DOUBLE in kinds:
         problems.append("double precision inside")
     if borders - {TensorProto.FLOAT, TensorProto.INT64}:
         problems.append("inputs or outputs that are neither float32 nor int64")
+    problems += [f"a tensor named {v.name}" for v in ends if v.name not in AXES]
     if problems:
         raise ParityError(f"{graph.name} of {graph.parent.name} has {', '.join(problems)}")
 
 
-def operations(graph: Path) -> dict[str, dict[str, int]]:
-    """How many matrix products and convolutions OpenVINO's CPU plugin runs in which precision.
+def operations(graph: Path, names: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
+    """How many matrix products and convolutions each engine runs in which type.
 
-    Read from the compiled model, which is what runs, and not from the file, which is what was
-    asked for: {"FullyConnected": {"i8": 48, "f32": 14}}.
+    Read from the graph that the engine made of the file, which is what runs, and not from the file,
+    which is what was asked for: {"openvino-cpu": {"FullyConnected": {"i8": 48, "f32": 14}}}.
     """
+    count = {OPENVINO: _openvino_operations, ORT: _ort_operations}
+    return {
+        name: {
+            kind: dict(sorted(found.items())) for kind, found in sorted(count[name](graph).items())
+        }
+        for name in names
+    }
+
+
+def _openvino_operations(graph: Path) -> dict[str, Counter[str]]:
     import openvino
 
     core = openvino.Core()
@@ -167,23 +195,60 @@ def operations(graph: Path) -> dict[str, dict[str, int]]:
         kind = details["layerType"].astype(str)
         if kind in _COMPUTE:
             counts.setdefault(kind, Counter())[details["runtimePrecision"].astype(str)] += 1
-    return {kind: dict(sorted(found.items())) for kind, found in sorted(counts.items())}
+    return counts
 
 
-def require_active(graph: Graph, quantized: int) -> None:
-    """Check that what the file asks for in int8 runs in int8.
+def _ort_operations(graph: Path) -> dict[str, Counter[str]]:
+    """From the model as ONNX Runtime's optimizer leaves it: a product whose factors come out of a
+    DequantizeLinear is computed in fp32 from 8 bits, a fused one (MatMulInteger, QLinear...) is
+    not."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(optimized)
+        options.log_severity_level = 4
+        # Large weights stay where they are: only the nodes are looked at.
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", "optimized.data"
+        )
+        onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(str(optimized), load_external_data=False).graph.node
+    makers = {name: node for node in nodes for name in node.output}
+    counts: dict[str, Counter[str]] = {}
+    for node in nodes:
+        if node.op_type in (*PRODUCTS, "FusedMatMul", "FusedGemm", "FusedConv", "NhwcFusedConv"):
+            eight = [
+                name in makers and makers[name].op_type == "DequantizeLinear"
+                for name in node.input[:2]
+            ]
+            how = "f32 of 8 bits" if all(eight) else "f32 of 8-bit weights" if eight[1] else "f32"
+            counts.setdefault(node.op_type, Counter())[how] += 1
+        elif node.op_type in _INTEGER or node.op_type.startswith("QLinear"):
+            counts.setdefault(node.op_type, Counter())["i8"] += 1
+    return counts
+
+
+def require_active(graph: Graph, products: int) -> None:
+    """Check that what the file asks for in 8 bits runs in 8 bits, or from 8 bits where the engine
+    emulates the type.
+
+    `products` counts those that have both factors in 8 bits.
 
     Raises:
-        EngineError: fewer operations run in 8 bits than `quantized`.
+        EngineError: an engine runs fewer.
     """
-    active = sum(
-        count
-        for found in graph.operations.values()
-        for precision, count in found.items()
-        if precision in ("i8", "u8")
-    )
-    if active < quantized:
-        raise EngineError(
-            f"int8 is not active: of {quantized} quantized products of {graph.part} OpenVINO runs "
-            f"{active} in int8 on this machine ({dict(graph.operations)}); use --precision fp32"
+    for engine, kinds in graph.operations.items():
+        active = sum(
+            count
+            for found in kinds.values()
+            for precision, count in found.items()
+            if precision in ("i8", "u8", "f32 of 8 bits")
         )
+        if active < products:
+            raise EngineError(
+                f"{graph.precision} is not active: of {products} quantized products of "
+                f"{graph.part} {engine} runs {active} in 8 bits on this machine ({dict(kinds)}); "
+                "leave it out of --precision"
+            )

@@ -60,6 +60,8 @@ def write_bundle(folder: Path) -> Path:
                 "sha256": sha256(folder / path),
                 "data": [],
                 "engines": ["onnxruntime-cpu", "openvino-cpu"],
+                "compared": ["onnxruntime-cpu"],
+                "emulated": [],
                 "quantized_ops": {},
                 "parity": {"max_abs": 0.0, "relative": 0.0, "tolerance": 0.001},
             }
@@ -68,17 +70,21 @@ def write_bundle(folder: Path) -> Path:
             "outputs": [_tensor(value) for value in model.graph.output],
             "files": files,
         }
-    (folder / "bundle.json").write_text(json.dumps(manifest(parts), indent=2))
+    others = ("golden.png", "tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json")
+    listed = [_data(folder, name) for name in others]
+    content = {**manifest(parts), "files": listed}
+    (folder / "bundle.json").write_text(json.dumps(content, indent=2))
     return folder
 
 
 def manifest(parts: dict[str, Any]) -> dict[str, Any]:
-    """The content of `bundle.json`."""
+    """The content of `bundle.json`, without `files`."""
     images = {
-        "prompts": 2, "steps": 4, "psnr_median_db": 50.0, "psnr_worst_db": 40.0, "tolerance_db": 30
+        "prompts": 2, "steps": 4, "psnr_median_db": 50.0, "psnr_worst_db": 40.0,
+        "ssim_median": 0.99, "ssim_worst": 0.98, "tolerance_db": 42.0, "tolerance_worst_db": 36.0,
     }  # fmt: skip
     return {
-        "schema": 1,
+        "schema": 2,
         "name": "tiny",
         "created": "2026-01-01T00:00:00+00:00",
         "made_by": "dermaflux 0.1.0",
@@ -111,12 +117,21 @@ def manifest(parts: dict[str, Any]) -> dict[str, Any]:
         },
         "parity": {
             "images": {"fp32": {"onnxruntime-cpu": images}},
-            "classifier": {"fp32": {"max_probability_change": 0.0}},
+            "classifier": {
+                "fp32": {
+                    "max_probability_change": 0.0, "images": 2, "auc": None, "auc_eager": None
+                }
+            },
         },
         "golden": {"request": {"seed": 1}, "image": "golden.png", "tolerance_db": 30},
         "provenance": {"name": "tiny", "ingredients": []},
         "licences": [{"name": "tiny", "licence": "Apache-2.0", "attribution": "nobody"}],
     }  # fmt: skip
+
+
+def _data(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    return {"path": name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

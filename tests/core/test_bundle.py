@@ -55,7 +55,7 @@ DAMAGES = {
     ),
     "a missing key": (lambda m: m.pop("wording"), "no key 'wording'"),
     "a missing key within": (lambda m: m["model"].pop("scale"), "model has no key 'scale'"),
-    "another schema": (lambda m: m.update(schema=2), "schema 2, this version reads 1"),
+    "another schema": (lambda m: m.update(schema=1), "schema 1, this version reads 2"),
     "no schema": (lambda m: m.pop("schema"), "schema None"),
     "a text for a number": (
         lambda m: m["defaults"].update(steps="4"),
@@ -132,7 +132,7 @@ def test_a_damaged_manifest_is_refused(folder, damage):
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"schema": 1}']
+    "text", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"schema": 2}']
 )
 def test_a_manifest_that_is_no_manifest_is_refused(folder, text):
     (folder / "bundle.json").write_bytes(text)
@@ -157,8 +157,26 @@ def test_missing_and_damaged_files_are_refused(folder):
 
 @pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "golden.png"])
 def test_what_belongs_to_it_must_be_there(folder, name):
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    Bundle.open(folder)
+    with pytest.raises(BundleError, match=f"{name} is not what was exported"):
+        Bundle.open(folder, verify=True)
     (folder / name).unlink()
     with pytest.raises(BundleError, match=f"{name} is missing"):
+        Bundle.open(folder)
+
+
+def test_graphs_of_another_bundle_are_refused(folder):
+    one, other = folder / GRAPH, folder / "classifier/model.onnx"
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(BundleError, match=f"{GRAPH} has {other.stat().st_size} bytes"):
+        Bundle.open(folder)
+
+
+def test_a_tokenizer_that_nobody_vouches_for_is_refused(folder):
+    edit(folder, lambda m: m["files"].pop())
+    with pytest.raises(BundleError, match="files has no tokenizer_2/tokenizer.json"):
         Bundle.open(folder)
 
 

@@ -16,18 +16,20 @@ from tests.tiny import write_checkpoint
 
 @pytest.fixture(scope="session")
 def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """All parts in fp32 and int8; not to be written to."""
-    return _once(tmp_path_factory, "exported", tiny_checkpoint, ["--prompts", "4"])
+    """All parts in fp32, int8 and fp8; not to be written to."""
+    arguments = ["--prompts", "4", "--precision", "fp32,int8,fp8"]
+    return _once(tmp_path_factory, "exported", tiny_checkpoint, arguments)
 
 
 @pytest.fixture(scope="session")
 def schnell(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Without guidance, classifier and VAE encoder, in fp32."""
+    """Without guidance, classifier and VAE encoder, in fp32, fp16 and bf16."""
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("schnell"), guided=False)
     for file in (checkpoint / "classifier").iterdir():
         file.unlink()
     (checkpoint / "classifier").rmdir()
-    arguments = ["--prompts", "2", "--precision", "fp32", "--parts", ",".join(GENERATOR_PARTS)]
+    levels = ["--precision", "bf16,fp16,fp32"]
+    arguments = ["--prompts", "2", *levels, "--parts", ",".join(GENERATOR_PARTS)]
     return _once(tmp_path_factory, "schnell_bundle", checkpoint, arguments)
 
 

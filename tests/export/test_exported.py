@@ -15,8 +15,10 @@ from dermaflux.checkpoint import Checkpoint
 from dermaflux.classifier import Classifier
 from dermaflux.engines import OPENVINO, ORT, choose, eager, load
 from dermaflux.pipeline import Pipeline, Request
-from export.parity import psnr
+from export.parity import ParityError, psnr
+from export.recipes import MAY_RUN, RECIPES
 from export.shapes import Size, examples
+from export.verify import standard
 
 # None of these is a size that the export itself looks at.
 SIZES = [Size(5, 32, 16), Size(1, 16, 64), Size(4, 40, 24)]
@@ -31,22 +33,53 @@ def test_exported_equals_eager_at_other_sizes(exported, tiny_checkpoint, part, e
     for seed, size in enumerate(SIZES):
         inputs = examples(checkpoint, part, size, seed=seed + 100)
         outputs = graph.run(inputs)
-        for name, expected in reference.run(inputs).items():
+        wanted = reference.run(inputs)
+        assert outputs.keys() == wanted.keys()
+        for name, expected in wanted.items():
             assert outputs[name].shape == expected.shape
             np.testing.assert_allclose(outputs[name], expected, atol=2e-5 * abs(expected).max())
 
 
-def test_int8_is_near_and_not_equal(exported, tiny_checkpoint):
+@pytest.mark.parametrize(("precision", "engine"), [("int8", OPENVINO), ("fp8", ORT)])
+def test_8_bits_are_near_and_not_equal(exported, tiny_checkpoint, precision, engine):
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    for part in ("transformer", "classifier"):
+    for part in ("text_encoder_2", "transformer", "classifier"):
         inputs = examples(checkpoint, part, SIZES[0])
-        fp32, int8 = (
-            load(exported, choose(exported, part, OPENVINO, precision)).run(inputs)
-            for precision in ("fp32", "int8")
+        fp32, rounded = (
+            load(exported, choose(exported, part, engine, level)).run(inputs)
+            for level in ("fp32", precision)
         )
         for name, expected in fp32.items():
-            error = np.linalg.norm(int8[name] - expected) / np.linalg.norm(expected)
+            error = np.linalg.norm(rounded[name] - expected) / np.linalg.norm(expected)
             assert 1e-5 < error < 0.1, (part, name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_are_16_bits_inside_and_float32_outside(schnell, precision):
+    kinds = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}
+    for name, part in schnell.parts.items():
+        file = part.files[precision]
+        model = onnx.load(schnell.file(file.path))
+        weights = [w for w in model.graph.initializer if len(w.dims) > 1]
+        low = sum(w.data_type == kinds[precision] for w in weights)
+        assert low > len(weights) / 2, name
+        # T5 in fp16 keeps a third of its weights in fp32.
+        assert file.bytes < 0.85 * part.files["fp32"].bytes
+        assert 1e-7 < file.parity.relative < file.parity.tolerance
+    assert (ORT in schnell.parts["transformer"].files[precision].engines) == (precision == "fp16")
+
+
+def test_a_saliency_is_of_its_own_picture(exported, tiny_checkpoint):
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    graph = load(exported, choose(exported, "classifier", ORT, "fp32"))
+    inputs = examples(checkpoint, "classifier", SIZES[0])["pixel_values"]
+    found = graph.run({"pixel_values": inputs})["saliency"]
+    assert found.shape == (5, 4, 4)
+    assert (found > 0).all()
+    np.testing.assert_allclose(found.max(axis=(1, 2)), 1)
+    alone = graph.run({"pixel_values": inputs[2:3]})["saliency"]
+    np.testing.assert_allclose(alone[0], found[2], atol=1e-5)
+    assert not np.allclose(found[0], found[1], atol=1e-4)
 
 
 def test_it_opens_and_says_what_it_is(exported, tiny_checkpoint):
@@ -64,21 +97,30 @@ def test_it_opens_and_says_what_it_is(exported, tiny_checkpoint):
 
 def test_which_engine_may_run_which_file(exported):
     for name, part in exported.parts.items():
-        assert part.files["fp32"].engines == (ORT, OPENVINO)
-        assert ("int8" in part.files) == (name in ("transformer", "classifier"))
-    assert exported.parts["transformer"].files["int8"].engines == (OPENVINO,)
+        assert part.files["fp32"].compared == (ORT, OPENVINO)
+        assert set(part.files["fp32"].engines) == set(MAY_RUN["fp32"])
+        for precision in ("int8", "fp8"):
+            assert (precision in part.files) == (name in RECIPES[precision])
+    files = exported.parts["transformer"].files
+    assert files["int8"].compared == (OPENVINO,)
+    assert ORT not in files["int8"].engines
+    assert files["fp8"].compared == files["fp8"].emulated == (ORT,)
 
 
 def test_parity_is_measured_for_all_that_may_run(exported):
     assert {p: set(e) for p, e in exported.parity.images.items()} == {
         "fp32": {ORT, OPENVINO},
         "int8": {OPENVINO},
+        "fp8": {ORT},
     }
-    assert set(exported.parity.classifier) == {"fp32", "int8"}
+    assert set(exported.parity.classifier) == {"fp32", "int8", "fp8"}
+    assert exported.parity.classifier["fp8"].images == 4
+    assert exported.parity.classifier["fp8"].auc is None
     for by_engine in exported.parity.images.values():
         for found in by_engine.values():
             assert found.prompts == 4
             assert found.psnr_worst_db <= found.psnr_median_db
+            assert found.ssim_worst <= found.ssim_median <= 1
     for part in exported.parts.values():
         for file in part.files.values():
             assert 0 < file.parity.relative <= file.parity.tolerance
@@ -101,6 +143,7 @@ def test_graphs_are_standard_and_say_nothing_of_this_machine(exported, schnell):
         for path in bundle.path.rglob("*.onnx"):
             model = onnx.load(path)
             onnx.checker.check_model(model, full_check=True)
+            standard(path)
             assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 23)]
             assert {node.domain for node in model.graph.node} == {""}
             assert not model.functions
@@ -114,6 +157,32 @@ def test_graphs_are_standard_and_say_nothing_of_this_machine(exported, schnell):
                 TensorProto.INT64,
             }
             assert b"site-packages" not in path.read_bytes()
+
+
+JUNK = {
+    "CastLike": ("CastLike", ["out_hidden_states", "timestep"]),
+    "SequenceAt": ("SequenceAt", ["out_hidden_states", "timestep"]),
+    "behind a Transpose": ("Transpose", ["proj_out.weight"]),
+}
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_what_the_exporter_leaves_is_refused(exported, tmp_path, junk):
+    model = onnx.load(exported.file(exported.parts["transformer"].files["fp32"].path))
+    kind, inputs = JUNK[junk]
+    model.graph.node.append(onnx.helper.make_node(kind, inputs, ["extra"]))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ParityError, match=junk):
+        standard(tmp_path / "model.onnx")
+
+
+def test_a_nameless_output_and_doubles_are_refused(exported, tmp_path):
+    model = onnx.load(exported.file(exported.parts["vae_decoder"].files["fp32"].path))
+    model.graph.output[0].name = "linear_503"
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(3), "table"))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ParityError, match=r"double precision inside, a tensor named linear_503"):
+        standard(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -143,7 +212,8 @@ def test_the_golden_image_is_made_again(exported):
     assert golden is not None
     with Image.open(exported.file(golden.image)) as picture:
         wanted = np.asarray(picture)
-    for engine, precision in ((ORT, "fp32"), (OPENVINO, "fp32"), (OPENVINO, "int8")):
+    runs = ((ORT, "fp32"), (OPENVINO, "fp32"), (OPENVINO, "int8"), (ORT, "fp8"))
+    for engine, precision in runs:
         pipeline = Pipeline.open(exported, engine=engine, precision=precision)
         (found,) = pipeline.generate([Request(**golden.request)])
         assert psnr(found, wanted) >= golden.tolerance_db
@@ -156,7 +226,7 @@ def test_without_guidance_and_classifier(schnell):
     assert "classifier" not in schnell.parts
     assert "guidance" not in {tensor.name for tensor in schnell.parts["transformer"].inputs}
     assert schnell.defaults.guidance is None
-    assert {p for part in schnell.parts.values() for p in part.files} == {"fp32"}
+    assert {p for part in schnell.parts.values() for p in part.files} == {"fp32", "fp16", "bf16"}
     pipeline = Pipeline.open(schnell)
     (image,) = pipeline.generate([pipeline.request("a lesion", seed=1)])
     assert image.std() > 0
@@ -176,6 +246,15 @@ def test_what_optimum_opens_is_there(exported):
     for part in PARTS:
         assert (exported.path / part / "config.json").is_file()
         assert (exported.path / part / "model.onnx").is_file()
+
+
+def test_every_file_is_vouched_for(exported):
+    listed = {data.path for data in exported.files}
+    graphs = {f.path for part in exported.parts.values() for f in part.files.values()}
+    there = {
+        p.relative_to(exported.path).as_posix() for p in exported.path.rglob("*") if p.is_file()
+    }
+    assert there == listed | graphs | {"bundle.json"}
 
 
 def test_nothing_is_left_beside_the_bundle(exported: Bundle, tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,8 @@ from export.parity import (
     part_parity,
     psnr,
     require,
+    roc_auc,
+    ssim,
     thinned,
 )
 
@@ -67,13 +71,39 @@ def test_thinned_keeps_both_ends():
     assert len(thinned(cases[:3], 5)) == 3
 
 
+def _noisy(level: float) -> np.ndarray:
+    noise = np.random.default_rng(0).normal(0, level, (16, 16, 3))
+    return (100 + noise).round().astype(np.uint8)
+
+
 def test_images_are_judged_by_median_and_worst():
-    found = image_parity([45.0, 31.0, 25.0], steps=4, precision="int8")
-    assert (found.psnr_median_db, found.psnr_worst_db, found.prompts) == (31.0, 25.0, 3)
+    clean = [_noisy(0)] * 3
+    found = image_parity([_noisy(1), _noisy(1.5), _noisy(3)], clean, steps=4, precision="int8")
+    assert found.prompts == 3
+    assert 36 < found.psnr_worst_db < 42 < found.psnr_median_db < 48
+    assert found.ssim_worst < found.ssim_median < 1
     assert all(row.passed for row in image_rows(found, "int8", "fake"))
-    median, worst = image_rows(image_parity([29, 29, 10], 4, "int8"), "int8", "fake")
-    assert not median.passed
-    assert not worst.passed
+    broken = image_parity([_noisy(3), _noisy(3), _noisy(9)], clean, 4, "int8")
+    assert not any(row.passed for row in image_rows(broken, "int8", "fake"))
+    assert all(row.passed for row in image_rows(replace(broken, tolerance_db=30,
+        tolerance_worst_db=20), "fp8", "fake"))  # fmt: skip
+
+
+def test_ssim_is_that_of_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    one, other = _noisy(20), _noisy(5)
+    expected = metrics.structural_similarity(one, other, channel_axis=2, data_range=255)
+    assert ssim(one, other) == pytest.approx(expected, abs=1e-6)
+    assert ssim(one, one) == pytest.approx(1)
+
+
+def test_the_area_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(1)
+    scores, labels = random.integers(0, 9, 60) / 9, random.random(60) < 0.3
+    assert roc_auc(scores, labels) == pytest.approx(metrics.roc_auc_score(labels, scores))
+    with pytest.raises(ParityError, match="both labels"):
+        roc_auc([0.1, 0.2], [True, True])
 
 
 def test_a_refusal_has_the_whole_table():
@@ -87,7 +117,7 @@ def test_a_refusal_has_the_whole_table():
     assert "FAIL images, median" in message
     assert "17.5 dB, needs at least 30" in message
     assert "vae_decoder" in message
-    assert "--precision fp32" in message
+    assert "Leave int8 out" in message
 
 
 def test_no_number_is_no_pass():

@@ -6,16 +6,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, pre_tokenizers
-from transformers import CLIPTokenizer
 
 from dermaflux.bundle import PARTS
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.engines import eager
-from dermaflux.errors import BundleError
-from dermaflux.tokens import Tokens
-from export.source import require_complete, require_weights, write_settings
+from dermaflux.errors import BundleError, EngineError
+from export.source import folder_of, require_complete, require_weights, write_settings
 
 
 @pytest.fixture
@@ -65,6 +63,19 @@ def test_a_pickle_is_no_weights(checkpoint):
         require_complete(checkpoint, PARTS)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "transformer", "vae_decoder", "classifier"])
+def test_a_pickle_is_not_opened_by_torch_either(checkpoint, part):
+    """Whole and readable, and refused all the same."""
+    stem = "diffusion_pytorch_model" if part in ("transformer", "vae_decoder") else "pytorch_model"
+    folder = checkpoint / folder_of(part)
+    (file,) = folder.glob("*.safetensors")
+    torch.save(load_file(file), folder / f"{stem}.bin")
+    eager.module(checkpoint, part)
+    file.unlink()
+    with pytest.raises(EngineError, match=rf"a pickle, {stem}.bin, is there and is refused"):
+        eager.module(checkpoint, part)
+
+
 def test_a_cut_file_is_named(checkpoint):
     file = checkpoint / "vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -109,40 +120,6 @@ def test_clip_of_older_transformers_has_its_weights(checkpoint):
     weights = {f"text_model.{name}": tensor for name, tensor in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     require_weights("text_encoder", eager.module(checkpoint, "text_encoder"), checkpoint)
-
-
-def test_tokenizers_of_a_download_become_json(checkpoint, tmp_path):
-    """FLUX.1's CLIP has `vocab.json` and `merges.txt`, and no length inside."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{c}</w>" for c in letters)]
-    folder = checkpoint / "tokenizer"
-    shutil.rmtree(folder)
-    folder.mkdir()
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*words, "le", "les"]))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\nl e\nle s\n")
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 20}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (checkpoint / "tokenizer_2/tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"})
-    )
-    unpadded = Tokenizer.from_file(str(checkpoint / "tokenizer_2/tokenizer.json"))
-    unpadded.no_padding()
-    unpadded.no_truncation()
-    unpadded.save(str(checkpoint / "tokenizer_2/tokenizer.json"))
-
-    require_complete(checkpoint, PARTS)
-    bundle = tmp_path / "bundle"
-    bundle.mkdir()
-    write_settings(Checkpoint.open(checkpoint), bundle, PARTS)
-
-    clip = Tokens.open(bundle / "tokenizer/tokenizer.json", 20)
-    reference = CLIPTokenizer.from_pretrained(folder)
-    for prompt in ("lesion", "les lesion, " * 30):
-        wanted = reference(prompt, padding="max_length", max_length=20, truncation=True)
-        assert clip.ids([prompt]).tolist() == [wanted["input_ids"]]
-    assert Tokens.open(bundle / "tokenizer_2/tokenizer.json", 24).ids(["lesion"]).shape == (1, 24)
-    assert (bundle / "tokenizer/merges.txt").is_file()
 
 
 def test_a_tokenizer_that_is_none_is_refused(checkpoint, tmp_path):

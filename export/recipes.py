@@ -1,0 +1,144 @@
+"""How each part is said in each precision: data, read by `export.lower` and `export.quantized`.
+
+Layers are named as in the checkpoint; a pattern is that of a shell (`fnmatch`). A part without a
+recipe has no file of that precision, and runs in the bundle's fp32 there.
+
+What the lists rest on:
+
+* Embedders, the last projection and all norms stay high: they are small, and nothing evens their
+  errors out. Modulations are 27 % of FLUX.1's weights, so theirs are in 8 bits too.
+* FP8 has one scale per tensor: TensorRT builds a graph with one per channel and then computes it in
+  high precision. A floating-point type loses next to nothing by it. int8 has one per channel.
+* T5 in fp16: `wo` takes products of two activations, which pass 65504 in T5-XXL, and the sum of
+  the residuals does; so only products run in fp16, `wo` not at all.
+* Text encoders in 8 bits: weights only. They run once an image, and their size is what hurts.
+
+>>> RECIPES["fp8"]["transformer"].kind
+'float8e4m3fn'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Final
+
+from dermaflux.engines import (
+    OPENVINO,
+    OPENVINO_GPU,
+    OPENVINO_NPU,
+    ORT,
+    ORT_CUDA,
+    ORT_TENSORRT,
+    TENSORRT,
+)
+
+PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8", "fp8")
+FILES: Final[Mapping[str, str]] = {
+    "fp32": "model.onnx",
+    "bf16": "model_bf16.onnx",
+    "fp16": "model_fp16.onnx",
+    "int8": "model_int8.onnx",
+    "fp8": "model_fp8.onnx",
+}
+"""Precision -> the name of its file; Optimum opens `model.onnx`."""
+
+MAY_RUN: Final[Mapping[str, tuple[str, ...]]] = {
+    "fp32": (OPENVINO, ORT, OPENVINO_GPU, ORT_CUDA, ORT_TENSORRT, TENSORRT),
+    # ONNX Runtime's CPU provider has no kernels for bf16 and refuses the file.
+    "bf16": (OPENVINO, ORT_CUDA, ORT_TENSORRT, TENSORRT),
+    "fp16": (ORT, OPENVINO, OPENVINO_GPU, OPENVINO_NPU, ORT_CUDA, ORT_TENSORRT, TENSORRT),
+    # Symmetric int8 wins nothing on ONNX Runtime's CPU kernels, which want unsigned activations: a
+    # step of the transformer took 0.9 to 1.1 times that of fp32 there, and on OpenVINO half.
+    "int8": (OPENVINO, OPENVINO_GPU, OPENVINO_NPU, ORT_TENSORRT, TENSORRT),
+    # ONNX Runtime's TensorRT provider is built against TensorRT 10 and falls back without a word.
+    "fp8": (ORT, TENSORRT),
+}
+"""The matrix: precision -> the engines that may run its files."""
+
+ENGINES: Final = tuple(dict.fromkeys(name for names in MAY_RUN.values() for name in names))
+
+COMPARED: Final = (OPENVINO, ORT)
+"""Engines of any machine that exports: what they may run is run and compared."""
+
+EMULATED: Final[Mapping[str, tuple[str, ...]]] = {"fp8": (ORT,), "fp16": (ORT, OPENVINO)}
+"""Where a precision's numbers are right and its speed is not: computed in fp32 from rounded
+numbers."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One part in one precision.
+
+    `rest` is the type of what is not in 8 bits; `low` the operators that run in `rest` (all where
+    it is empty) and `high` the layers that stay in float32 all the same. `kind` is the type in 8
+    bits, `layers` the layers in it, `keep` those of them that are not after all, and
+    `weights_only` those whose inputs stay high. `smooth` is SmoothQuant's alpha.
+    """
+
+    rest: str = "float32"
+    low: tuple[str, ...] = ()
+    high: tuple[str, ...] = ()
+    kind: str | None = None
+    layers: tuple[str, ...] = ("*",)
+    keep: tuple[str, ...] = ()
+    weights_only: tuple[str, ...] = ()
+    per_channel: bool = False
+    smooth: float | None = None
+
+    def quantizes(self, layer: str) -> bool:
+        """Whether a layer's weights are in 8 bits."""
+        return bool(self.kind) and matches(layer, self.layers) and not matches(layer, self.keep)
+
+    def needs_scale(self, layer: str) -> bool:
+        """Whether a layer's inputs are in 8 bits, so that their range must be known."""
+        return self.quantizes(layer) and not matches(layer, self.weights_only)
+
+
+def matches(layer: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a layer's name is one of the patterns."""
+    return any(fnmatch(layer, pattern) for pattern in patterns)
+
+
+_MODULATIONS: Final = (
+    *("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear"),
+    "norm_out.linear",
+)
+_ENDS: Final = ("x_embedder", "context_embedder", "time_text_embed.*", "proj_out")
+_VIT: Final = ("patch_embed.*", "head", "head.*")
+_WEIGHTS: Final = ("*",)
+_T5_FP16: Final = Recipe(rest="float16", low=("MatMul",), high=("*.wo",))
+_VAE_FP16: Final = Recipe(rest="float16", low=("Conv",), high=("decoder.conv_out",))
+
+RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
+    "fp32": {
+        part: Recipe()
+        for part in (
+            *("text_encoder", "text_encoder_2", "transformer"),
+            *("vae_decoder", "vae_encoder", "classifier"),
+        )
+    },
+    "bf16": {
+        part: Recipe(rest="bfloat16")
+        for part in ("text_encoder", "text_encoder_2", "transformer", "vae_decoder", "classifier")
+    },
+    "fp16": {
+        "text_encoder": Recipe(rest="float16"),
+        "text_encoder_2": _T5_FP16,
+        "transformer": Recipe(rest="float16"),
+        "vae_decoder": _VAE_FP16,
+        "classifier": Recipe(rest="float16"),
+    },
+    "int8": {
+        "text_encoder_2": Recipe(kind="int8", weights_only=_WEIGHTS, per_channel=True),
+        "transformer": Recipe(kind="int8", keep=_ENDS, weights_only=_MODULATIONS, per_channel=True),
+        "classifier": Recipe(kind="int8", keep=_VIT, per_channel=True),
+    },
+    "fp8": {
+        "text_encoder_2": Recipe(kind="float8e4m3fn", weights_only=_WEIGHTS),
+        "transformer": Recipe(kind="float8e4m3fn", keep=_ENDS, weights_only=_MODULATIONS),
+        "classifier": Recipe(kind="float8e4m3fn", keep=_VIT),
+    },
+}
+"""Precision -> part -> recipe."""

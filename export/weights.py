@@ -1,0 +1,92 @@
+"""A checkpoint's weights, one tensor in memory at a time.
+
+A graph's initializers are tensors that are read from the safetensors shards when somebody asks for
+their numbers, and forgotten afterwards: transposing, casting and quantizing are done on the way
+from the shard into the graph's file. Whoever writes a model of 24 GB so holds its largest tensor.
+
+    >>> shards = stored(Path("models/mini/transformer"))
+    >>> weight = shards["proj_out.weight"]                      # nothing was read
+    >>> numbers = cast(transposed(weight), onnx_ir.DataType.FLOAT).numpy()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+import onnx_ir
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+Numbers = NDArray[Any]
+
+_KINDS: Final = {
+    "F64": onnx_ir.DataType.DOUBLE,
+    "F32": onnx_ir.DataType.FLOAT,
+    "F16": onnx_ir.DataType.FLOAT16,
+    "BF16": onnx_ir.DataType.BFLOAT16,
+    "I64": onnx_ir.DataType.INT64,
+    "I32": onnx_ir.DataType.INT32,
+    "BOOL": onnx_ir.DataType.BOOL,
+}
+
+
+def stored(folder: Path) -> dict[str, onnx_ir.LazyTensor]:
+    """The tensors of all safetensors files of a folder by name; only headers are read."""
+    found: dict[str, onnx_ir.LazyTensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for key in shard.keys():  # noqa: SIM118 - a shard is no mapping
+                header = shard.get_slice(key)
+                found[key] = lazy(
+                    key, _KINDS[header.get_dtype()], header.get_shape(), _reader(file, key)
+                )
+    return found
+
+
+def lazy(
+    name: str, kind: onnx_ir.DataType, shape: Any, read: Callable[[], Numbers]
+) -> onnx_ir.LazyTensor:
+    """A tensor whose numbers `read` gives whenever they are asked for; they are not kept."""
+    return onnx_ir.LazyTensor(
+        lambda: onnx_ir.Tensor(read(), dtype=kind), kind, onnx_ir.Shape(shape), name=name
+    )
+
+
+def transposed(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
+    """The same with the two axes of a matrix in the other order."""
+    return lazy(
+        str(tensor.name),
+        tensor.dtype,
+        tuple(tensor.shape)[::-1],
+        lambda: np.ascontiguousarray(tensor.numpy().T),
+    )
+
+
+def cast(tensor: onnx_ir.TensorProtocol, kind: onnx_ir.DataType) -> onnx_ir.TensorProtocol:
+    """The same numbers, rounded to another type."""
+    if tensor.dtype == kind:
+        return tensor
+    return lazy(str(tensor.name), kind, tensor.shape, lambda: tensor.numpy().astype(kind.numpy()))
+
+
+def named(tensor: onnx_ir.TensorProtocol, name: str) -> onnx_ir.LazyTensor:
+    """The same by another name."""
+    return lazy(name, tensor.dtype, tensor.shape, tensor.numpy)
+
+
+def _reader(file: Path, key: str) -> Callable[[], Numbers]:
+    def read() -> Any:
+        import torch
+
+        # Opened anew for every tensor: pages of a mapped file count as memory until it is closed.
+        with safe_open(file, framework="pt") as shard:
+            tensor = shard.get_tensor(key)
+            if tensor.dtype is torch.bfloat16:
+                return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16).copy()
+            return tensor.numpy().copy()
+
+    return read

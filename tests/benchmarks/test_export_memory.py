@@ -1,0 +1,28 @@
+"""The export's memory does not grow with the model: two sizes, measured from outside."""
+
+from __future__ import annotations
+
+from benchmarks.export_memory import measure
+
+SHAPE = {
+    "attention_head_dim": 64,
+    "num_attention_heads": 16,
+    "in_channels": 16,
+    "joint_attention_dim": 48,
+    "pooled_projection_dim": 32,
+    "axes_dims_rope": [16, 24, 24],
+    "guidance_embeds": True,
+    "patch_size": 1,
+}
+
+
+def test_peak_memory_does_not_grow_with_the_model(tiny_checkpoint, tmp_path):
+    small, large = (
+        measure(tmp_path, tiny_checkpoint, blocks, "fp32", SHAPE) for blocks in ((1, 1), (2, 6))
+    )
+    assert small.bytes_out > 150e6
+    growth = large.bytes_out - small.bytes_out
+    assert growth > 400e6
+    # The graph itself grows with its blocks, and the allocator keeps what it pleases.
+    assert large.peak_bytes - small.peak_bytes < growth / 4
+    assert list(tmp_path.glob("*")) == [tmp_path / "scales.npz"]

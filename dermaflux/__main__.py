@@ -1,11 +1,17 @@
-"""Generate and classify lesions without a server.
+"""Generate and classify lesions without a server, and see what a bundle runs on here.
 
     python -m dermaflux generate --label malignant --diagnosis melanoma --seed 7 --out lesion.png
     python -m dermaflux generate --prompt "dermoscopic image of ..." --count 8 --out generated
     python -m dermaflux classify photographs/ lesion.jpg
+    python -m dermaflux doctor bundles/mini --golden
 
 Results are JSON lines on stdout, one per image; progress and errors go to stderr. The exit status
-is 0, 1 where some pictures could not be classified, or 2 where nothing could be done at all.
+is 0, 1 where some pictures could not be classified or the doctor found a failure, or 2 where
+nothing could be done at all.
+
+Before files of a bundle are opened their sha256 is compared with the manifest's: a flipped bit
+makes another lesion, and nobody sees that. Only those that will run are read, beside each other,
+and they have to be read anyway to be loaded; `--no-verify` leaves it out.
 """
 
 from __future__ import annotations
@@ -20,9 +26,11 @@ from pathlib import Path
 from typing import Final
 
 from dermaflux import __version__, files
+from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from dermaflux.classifier import Classifier
-from dermaflux.engines import EAGER, OPENVINO, ORT
-from dermaflux.errors import DermaFluxError, ImageError, RequestError
+from dermaflux.doctor import damaged, examine, files_of
+from dermaflux.engines import EAGER, ENGINES, choose
+from dermaflux.errors import BundleError, DermaFluxError, ImageError, RequestError
 from dermaflux.flow import MAX_SEED
 from dermaflux.images import decode_upload, encode_png
 from dermaflux.pipeline import Pipeline, Progress, Request
@@ -30,6 +38,7 @@ from dermaflux.prompt import VOCABULARY, Lesion, caption
 
 PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp")
 LISTS: Final = ("colors", "structures")
+RESIDENCY: Final = {"planned": None, "together": False, "in-turns": True}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,15 +62,22 @@ def generate(options: argparse.Namespace) -> int:
     """One image into a file, or several into a folder; a JSON line for each."""
     prompt = _prompt(options)
     single = options.out.suffix.lower() == ".png"
-    if single and options.count > 1:
-        raise RequestError("--out", f"{options.out} is one file; name a folder for several images")
+    _check_out(options.out, single, options.count)
     pipeline = Pipeline.open(
-        options.bundle,
+        _bundle(options, GENERATOR_PARTS),
         engine=options.engine,
         precision=options.precision,
         checkpoint=options.checkpoint,
         threads=options.threads,
+        device=options.device,
+        compile=options.compile,
+        in_turns=RESIDENCY[options.residency],
+        height=options.height,
+        width=options.width,
     )
+    if pipeline.plan is not None and pipeline.plan.in_turns:
+        turns = ", then ".join(" and ".join(group) for group in pipeline.plan.groups)
+        print(f"note: parts take turns in memory: {turns}", file=sys.stderr)
     first = pipeline.request(
         prompt, options.seed, options.steps, options.guidance, options.height, options.width
     )
@@ -71,7 +87,9 @@ def generate(options: argparse.Namespace) -> int:
     if tokens > most:
         print(f"note: the prompt has {tokens} tokens; {most} are read", file=sys.stderr)
     requests = [replace(first, seed=first.seed + index) for index in range(options.count)]
-    batch = pipeline.limits.max_batch
+    # Parts that take turns are loaded once for all images; else images are written as they come.
+    waiting = pipeline.plan is not None and pipeline.plan.in_turns
+    batch = len(requests) if waiting else pipeline.limits.max_batch
     for start in range(0, len(requests), batch):
         members = requests[start : start + batch]
         for request, pixels in zip(
@@ -88,7 +106,7 @@ def generate(options: argparse.Namespace) -> int:
 def classify(options: argparse.Namespace) -> int:
     """A JSON line per picture; one that cannot be read is a line with `error`, and others go on."""
     classifier = Classifier.open(
-        options.bundle,
+        _bundle(options, ("classifier",)),
         options.engine,
         options.precision,
         checkpoint=options.checkpoint,
@@ -108,22 +126,83 @@ def classify(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def doctor(options: argparse.Namespace) -> int:
+    """A report on a bundle and this machine; 1 where something failed."""
+    _check_is_bundle(options.bundle)
+    report = examine(options.bundle, options.engine, options.precision, golden=options.golden)
+    print(json.dumps(report.as_json(), default=str) if options.json else report)
+    return 0 if report.healthy else 1
+
+
+def _bundle(options: argparse.Namespace, parts: Sequence[str]) -> Bundle:
+    """The bundle, after comparing the files of it that will run."""
+    if options.engine == EAGER and options.checkpoint is None:
+        raise RequestError(
+            "--checkpoint", "is missing; --engine eager runs a checkpoint, such as models/mini"
+        )
+    if options.engine != EAGER and options.checkpoint is not None:
+        raise RequestError("--checkpoint", "goes with --engine eager only; leave it out")
+    _check_is_bundle(options.bundle)
+    bundle = Bundle.open(options.bundle)
+    if options.verify and options.engine != EAGER:
+        choices = [
+            choose(bundle, part, options.engine, options.precision)
+            for part in parts
+            if part in bundle.parts
+        ]
+        for path in damaged(bundle, files_of(bundle, choices)):
+            raise BundleError(
+                f"{path} is not what was exported: its sha256 differs. Make the bundle again "
+                f"with: python -m export CHECKPOINT --out {options.bundle}"
+            )
+    return bundle
+
+
+def _check_is_bundle(folder: Path) -> None:
+    """Two folders of a model look alike, and only one of them can be run."""
+    if (folder / "model_index.json").is_file() and not (folder / "bundle.json").exists():
+        out = Path("bundles") / folder.resolve().name
+        raise BundleError(
+            f"{folder} is a checkpoint, or an export that did not finish, and no bundle: it has no "
+            f"bundle.json. Make one with: python -m export {folder} --out {out}, then name {out}"
+        )
+
+
+def _check_out(out: Path, single: bool, count: int) -> None:
+    """Before minutes are spent on an image that nothing can be written to."""
+    if single and count > 1:
+        raise RequestError("--out", f"{out} is one file; name a folder for several images")
+    if single and out.is_dir():
+        raise RequestError("--out", f"{out} is a folder; name one that does not end in .png")
+    if not single and out.exists() and not out.is_dir():
+        raise RequestError("--out", f"{out} is a file; name a folder, or one file.png")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dermaflux",
         description="Generate and classify skin-lesion images. Research use only.",
     )
     parser.add_argument("--version", action="version", version=f"dermaflux {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="generate|classify")
+    commands = parser.add_subparsers(required=True, metavar="generate|classify|doctor")
 
     shared = argparse.ArgumentParser(add_help=False)
+    forced = argparse.ArgumentParser(add_help=False)
+    forced.add_argument("--engine", choices=ENGINES, metavar="ENGINE", help=f"{', '.join(ENGINES)}")
+    forced.add_argument(
+        "--precision", help="one the bundle has, such as fp32; default: the fastest"
+    )
     shared.add_argument("--bundle", type=Path, default=Path("bundles/mini"), help="bundle's folder")
-    shared.add_argument("--engine", choices=(ORT, OPENVINO, EAGER), help="default: the fastest")
-    shared.add_argument("--precision", help="fp32 or int8; default: the fastest")
     shared.add_argument("--checkpoint", type=Path, help="weights for --engine eager")
+    shared.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare the sha256 of files that will run; default: yes",
+    )
     shared.add_argument("--threads", type=_positive, help="default: all cores that may be used")
 
-    drawing = commands.add_parser("generate", parents=[shared], help="draw lesions")
+    drawing = commands.add_parser("generate", parents=[shared, forced], help="draw lesions")
     drawing.add_argument("--prompt", help="free text, instead of a described lesion")
     for name, words in VOCABULARY.items():
         if name in LISTS:
@@ -137,12 +216,30 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--guidance", type=float, help="default: the bundle's")
     drawing.add_argument("--height", type=int, help="pixels; default: the bundle's")
     drawing.add_argument("--width", type=int, help="pixels; default: the bundle's")
-    drawing.add_argument("--out", type=Path, required=True, help="folder, or one file.png")
+    drawing.add_argument("--device", help="for --engine eager, such as cuda; default: cpu")
+    drawing.add_argument("--compile", action="store_true", help="torch.compile, for --engine eager")
+    drawing.add_argument(
+        "--residency",
+        choices=tuple(RESIDENCY),
+        default="planned",
+        help="parts in memory: as planned and refused if they do not fit, or forced",
+    )
+    drawing.add_argument(
+        "--out", type=Path, required=True, help="folder, or one file.png, which is replaced"
+    )
     drawing.set_defaults(run=generate)
 
-    sorting = commands.add_parser("classify", parents=[shared], help="rate photographs")
+    sorting = commands.add_parser("classify", parents=[shared, forced], help="rate photographs")
     sorting.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     sorting.set_defaults(run=classify)
+
+    looking = commands.add_parser(
+        "doctor", parents=[forced], help="examine a bundle and this machine"
+    )
+    looking.add_argument("bundle", nargs="?", type=Path, default=Path("bundles/mini"))
+    looking.add_argument("--golden", action="store_true", help="make the golden image and compare")
+    looking.add_argument("--json", action="store_true", help="for programs")
+    looking.set_defaults(run=doctor)
     return parser
 
 

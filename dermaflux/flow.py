@@ -25,8 +25,8 @@ from dermaflux.errors import BundleError
 
 Floats = NDArray[np.float32]
 
-MAX_SEED: Final = 2**63 - 1
-"""Largest seed, so that a seed fits a signed 64-bit column wherever it is stored."""
+MAX_SEED: Final = 2**53 - 1
+"""Largest seed: JavaScript, and every program that reads JSON as it does, keeps it exactly."""
 
 _SCHEDULER: Final = "FlowMatchEulerDiscreteScheduler"
 _UNSUPPORTED: Final = (
@@ -157,7 +157,7 @@ class Schedule:
 
 
 def noise(seed: int, shape: tuple[int, ...]) -> Floats:
-    """Standard normal noise of one image: float32 of `shape`, from `seed` in 0..2**63-1 alone.
+    """Standard normal noise of one image: float32 of `shape`, from `seed` in 0..2**53-1 alone.
 
     Philox4x64 (Salmon et al., 2011) keyed by the seed gives counted 64-bit words; pairs of them
     become pairs of normals by Box and Muller (1958) in float64. Not numpy's `standard_normal`:
@@ -167,7 +167,7 @@ def noise(seed: int, shape: tuple[int, ...]) -> Floats:
         ValueError: the seed is out of range.
     """
     if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed {seed} is out of range; use 0 to 2**63 - 1")
+        raise ValueError(f"seed {seed} is out of range; use 0 to 2**53 - 1")
     count = math.prod(shape)
     words = np.random.Philox(key=seed).random_raw(2 * math.ceil(count / 2))
     # 53 bits each, moved by half a step: never 0, so that the logarithm is finite.

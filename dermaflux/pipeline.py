@@ -2,7 +2,8 @@
 
 The arithmetic of diffusers' `FluxPipeline` without torch. What an image looks like depends on its
 own request alone: its noise comes from its own seed, its schedule from its own steps, and batches
-only put neighbours together.
+only put neighbours together. Memory is planned before anything is loaded (`dermaflux.memory`): it
+limits batches, and where the parts do not fit together they are loaded, used and freed by turns.
 
     >>> pipeline = Pipeline.open("bundles/mini")
     >>> request = pipeline.request("dermoscopic image of a benign lesion, nevus", seed=7)
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,17 @@ from numpy.typing import NDArray
 
 from dermaflux import flow
 from dermaflux.bundle import GENERATOR_PARTS, Bundle, Defaults, Limits, ModelSpec
+from dermaflux.decode import Pixels, decode
 from dermaflux.denoise import Text, denoise, stop_if
-from dermaflux.engines import EAGER, Choice, Engine, choose, load
-from dermaflux.errors import EngineError, RequestError
+from dermaflux.engines import EAGER, Choice, Engine, load
+from dermaflux.errors import RequestError
 from dermaflux.flow import Floats, Schedule
+from dermaflux.memory import Plan
 from dermaflux.request import Request, validate
+from dermaflux.residency import InTurns, opened, planned
 from dermaflux.tokens import Tokens
 
 __all__ = ["Pipeline", "Progress", "Request", "Text"]
-
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Pipeline:
 
     `engines` has the parts text_encoder, text_encoder_2, transformer and vae_decoder;
     `tokenizers` has tokenizer (for text_encoder) and tokenizer_2; `origin` says what runs, for the
-    record of an image, and `choices` why those engines.
+    record of an image, `choices` why those engines, and `plan` what fits in memory together.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Pipeline:
         engines: Mapping[str, Engine],
         origin: Mapping[str, str] | None = None,
         choices: Mapping[str, Choice] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         self.model = model
         self.schedule = schedule
@@ -72,6 +76,7 @@ class Pipeline:
         self.tokenizers = tokenizers
         self.engines = engines
         self.choices = dict(choices or {})
+        self.plan = plan
         self._origin = dict(origin or {})
 
     @classmethod
@@ -83,25 +88,33 @@ class Pipeline:
         precision: str | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         threads: int | None = None,
+        device: str | None = None,
+        compile: bool = False,
+        in_turns: bool | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Pipeline:
         """A pipeline over a bundle; without `engine` and `precision`, the best that is there.
 
-        `engine="eager"` runs the weights of `checkpoint` with the bundle's settings.
+        `engine="eager"` runs the weights of `checkpoint` with the bundle's settings, on torch's
+        `device`, with torch.compile if `compile`. `in_turns` forces that parts stay in memory
+        together (False) or take turns (True), whatever the plan says; it is made for an image of
+        `height` x `width`, the bundle's default if not given.
 
         Raises:
             BundleError: the bundle cannot be opened.
-            EngineError: an engine cannot be had.
+            EngineError: an engine cannot be had, or the parts do not fit in memory.
         """
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         weights = None if checkpoint is None else Path(checkpoint)
-        choices = {part: choose(bundle, part, engine, precision) for part in GENERATOR_PARTS}
-        # An engine opens a graph mostly on one core, so the others open theirs meanwhile.
-        with ThreadPoolExecutor(len(choices)) as pool:
-            opening = {
-                part: pool.submit(load, bundle, choice, checkpoint=weights, threads=threads)
-                for part, choice in choices.items()
-            }
+        choices, plan = planned(
+            bundle, engine, precision, device=device, in_turns=in_turns, height=height, width=width
+        )
+
+        def make(part: str) -> Engine:
+            return load(bundle, choices[part], checkpoint=weights, threads=threads, compile=compile)
+
         return cls(
             bundle.model,
             Schedule.from_config(bundle.scheduler),
@@ -114,9 +127,10 @@ class Pipeline:
                     ("tokenizer_2", bundle.model.text_length),
                 )
             },
-            {part: engine.result() for part, engine in opening.items()},
+            opened(make, plan),
             {"bundle": bundle.id, "model": bundle.name, "wording": bundle.wording},
             choices,
+            plan,
         )
 
     @classmethod
@@ -124,6 +138,7 @@ class Pipeline:
         cls,
         path: str | os.PathLike[str],
         *,
+        precision: str = "fp32",
         device: str = "cpu",
         compile: bool = False,
         threads: int | None = None,
@@ -149,7 +164,12 @@ class Pipeline:
             eager.tokenizers(checkpoint),
             {
                 part: eager.load(
-                    checkpoint.path, part, device=device, compile=compile, threads=threads
+                    checkpoint.path,
+                    part,
+                    precision=precision,
+                    device=device,
+                    compile=compile,
+                    threads=threads,
                 )
                 for part in GENERATOR_PARTS
             },
@@ -179,11 +199,13 @@ class Pipeline:
 
     def record(self, request: Request) -> dict[str, str]:
         """What is needed to make the image again: request, model, bundle, engine, precision."""
-        transformer = self.engines["transformer"]
+        # Not the engine, where there is a choice: to ask one that takes turns is to load it.
+        choice = self.choices.get("transformer")
+        engine = None if choice else self.engines["transformer"]
         values: dict[str, Any] = {
             **self._origin,
-            "engine": transformer.name,
-            "precision": transformer.precision,
+            "engine": choice.engine if choice else engine and engine.name,
+            "precision": choice.precision if choice else engine and engine.precision,
             **vars(request),
         }
         return {name: str(value) for name, value in values.items() if value is not None}
@@ -205,37 +227,52 @@ class Pipeline:
         Raises:
             Cancelled: the caller asked to stop.
             RequestError: given latents have another shape.
-            EngineError: an engine failed.
+            EngineError: an engine failed, or an image does not fit in memory.
         """
+        turn = self.engines.turn if isinstance(self.engines, InTurns) else nullcontext()
+        with turn:
+            return self._generate(requests, latents, on_step, cancelled)
+
+    def _generate(
+        self,
+        requests: Sequence[Request],
+        latents: Sequence[NDArray[Any] | None] | None,
+        on_step: Callable[[Progress], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> list[Pixels]:
+        """Stage by stage over all batches, so that engines that take turns do so once."""
+        if not requests:
+            return []
         batches = list(self._batches(requests))
         total = sum(max(requests[item].steps for item in batch) for batch in batches)
-        images: dict[int, Pixels] = {}
+        stop_if(cancelled)
+        texts = self._encode_once([request.prompt for request in requests])
+        finals: list[Floats] = []
         done = 0
+
+        def report(batch: list[int], done: int, step: int, moved: tuple[int, ...]) -> None:
+            if on_step is not None:
+                on_step(Progress(done + step, total, tuple(batch[index] for index in moved)))
 
         for batch in batches:
             members = [requests[item] for item in batch]
-            text = self._encode_once([member.prompt for member in members])
             given = [None if latents is None else latents[item] for item in batch]
             start = np.stack([self._start(m, g) for m, g in zip(members, given, strict=True)])
-
-            def report(
-                step: int, moved: tuple[int, ...], batch: list[int] = batch, done: int = done
-            ) -> None:
-                if on_step is not None:
-                    items = tuple(batch[index] for index in moved)
-                    on_step(Progress(done + step, total, items))
-
-            final = self.denoise(
-                start,
-                text,
-                steps=[member.steps for member in members],
-                guidance=[member.guidance for member in members],
-                on_step=report,
-                cancelled=cancelled,
+            finals.append(
+                self.denoise(
+                    start,
+                    texts.take(batch),
+                    steps=[member.steps for member in members],
+                    guidance=[member.guidance for member in members],
+                    on_step=partial(report, batch, done),
+                    cancelled=cancelled,
+                )
             )
+            done += max(member.steps for member in members)
+        images: dict[int, Pixels] = {}
+        for batch, final in zip(batches, finals, strict=True):
             stop_if(cancelled)
             images.update(zip(batch, self.decode(final), strict=True))
-            done += max(member.steps for member in members)
         return [images[item] for item in range(len(requests))]
 
     def encode(self, prompts: Sequence[str]) -> Text:
@@ -272,37 +309,28 @@ class Pipeline:
         )
 
     def decode(self, latents: Floats) -> list[Pixels]:
-        """Latents [B, C, h, w] -> images uint8 [height, width, 3].
-
-        Source: `FluxPipeline.__call__`, `VaeImageProcessor.postprocess`.
-
-        Raises:
-            EngineError: the decoder gave numbers that are not finite.
-        """
-        scaled = latents / np.float32(self.model.scaling_factor) + np.float32(
-            self.model.shift_factor
-        )
-        engine = self.engines["vae_decoder"]
-        sample = engine.run({"latent_sample": scaled})["sample"]
-        if not np.isfinite(sample).all():
-            raise EngineError(
-                f"{engine.name} in {self.engines['transformer'].precision} gave numbers that are "
-                "not finite; try another precision"
-            )
-        shares = np.clip(sample * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
-        return list((shares * 255).round().astype(np.uint8))
+        """Latents [B, C, h, w] -> images uint8 [height, width, 3]; see `dermaflux.decode`."""
+        return decode(self.engines["vae_decoder"], self.model, latents)
 
     def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
         sizes: dict[tuple[int, int], list[int]] = {}
         for item, request in enumerate(requests):
             sizes.setdefault((request.height, request.width), []).append(item)
-        for items in sizes.values():
-            for start in range(0, len(items), self.limits.max_batch):
-                yield items[start : start + self.limits.max_batch]
+        for size, items in sizes.items():
+            most = self.limits.max_batch if self.plan is None else self.plan.batch(*size)
+            for start in range(0, len(items), most):
+                yield items[start : start + most]
 
     def _encode_once(self, prompts: Sequence[str]) -> Text:
         unique = list(dict.fromkeys(prompts))
-        return self.encode(unique).take([unique.index(prompt) for prompt in prompts])
+        most = self.limits.max_batch
+        parts = [self.encode(unique[i : i + most]) for i in range(0, len(unique), most)]
+        row = {prompt: number for number, prompt in enumerate(unique)}
+        together = Text(
+            np.concatenate([text.embeddings for text in parts]),
+            np.concatenate([text.pooled for text in parts]),
+        )
+        return together.take([row[prompt] for prompt in prompts])
 
     def _start(self, request: Request, given: NDArray[Any] | None) -> Floats:
         shape = flow.latent_shape(

@@ -53,8 +53,9 @@ def validate(
     """
     return Request(
         prompt=_prompt(prompt),
-        # Random seeds stay short, for people who read and repeat them.
-        seed=secrets.randbelow(2**32) if seed is None else _integer("seed", seed, 0, MAX_SEED),
+        seed=secrets.randbelow(MAX_SEED + 1)
+        if seed is None
+        else _integer("seed", seed, 0, MAX_SEED),
         steps=defaults.steps if steps is None else _integer("steps", steps, 1, limits.max_steps),
         guidance=_guidance(model, defaults, guidance),
         height=defaults.height if height is None else _size("height", height, limits),

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dermaflux.__main__ import main
 from dermaflux.images import read_marks
+from tests.tiny_bundle import write_bundle
 
 
 @pytest.fixture
@@ -64,9 +65,13 @@ def test_a_long_prompt_is_noted(run, tmp_path):
         (("--prompt", "x", "--guidance", "nan"), "guidance: nan is out of range"),
         (("--prompt", "x", "--count", "2", "--out", "a.png"), "name a folder"),
         (("--prompt", "x", "--precision", "int4"), "precision 'int4' is not in"),
-        (("--prompt", "x", "--engine", "eager"), "name its folder"),
+        (("--prompt", "x", "--engine", "eager"), "--checkpoint: is missing; --engine eager runs"),
+        (("--prompt", "x", "--checkpoint", "c"), "--checkpoint: goes with --engine eager only"),
+        (("--prompt", "x", "--device", "cuda"), "device 'cuda' cannot be chosen"),
+        (("--prompt", "x", "--engine", "tensorrt"), "engine tensorrt needs tensorrt"),
+        (("--prompt", "x", "--engine", "onnxruntime-cuda"), "no engine can run text_encoder"),
         (("--prompt", "x", "--bundle", "nowhere"), "there is no bundle at nowhere"),
-        (("--prompt", "x", "--seed", str(2**63 - 1), "--count", "2"), "leaves no room"),
+        (("--prompt", "x", "--seed", str(2**53 - 1), "--count", "2"), "leaves no room"),
     ],
 )
 def test_errors_are_one_sentence(run, tmp_path, monkeypatch, arguments, sentence):
@@ -90,8 +95,49 @@ def test_numbers_that_make_no_sense_are_refused(run, capsys, tmp_path, threads):
 def test_a_file_in_the_way_is_an_error(run, tmp_path):
     (tmp_path / "out").write_text("a file")
     status, _, err = run("generate", "--prompt", "x", "--out", tmp_path / "out")
+    assert (status, err) == (
+        2,
+        f"error: --out: {tmp_path / 'out'} is a file; name a folder, or one file.png\n",
+    )
+    (tmp_path / "a.png").mkdir()
+    status, _, err = run("generate", "--prompt", "x", "--out", tmp_path / "a.png")
     assert status == 2
-    assert err.startswith("error: ")
+    assert "a.png is a folder" in err
+
+
+def test_a_checkpoint_is_not_taken_for_a_bundle(run, capsys, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    status, _, err = run("generate", "--prompt", "x", "--out", "out", "--bundle", tmp_path)
+    assert status == 2
+    assert "is a checkpoint, or an export that did not finish, and no bundle" in err
+    assert f"python -m export {tmp_path} --out bundles/{tmp_path.name}" in err
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "is a checkpoint" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_of_a_file_that_will_run_is_refused(tmp_path, capsys):
+    folder = write_bundle(tmp_path / "bundle")
+    graph = folder / "transformer/model_int8.onnx"
+    content = bytearray(graph.read_bytes())
+    content[-1] ^= 1
+    graph.write_bytes(content)
+    draw = ["generate", "--bundle", str(folder), "--prompt", "x", "--out", str(tmp_path / "a.png")]
+    assert main([*draw, "--precision", "int8", "--engine", "onnxruntime-cpu"]) == 2
+    assert "transformer/model_int8.onnx is not what was exported" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
+    # What does not run is not read.
+    assert main([*draw, "--precision", "fp32", "--engine", "onnxruntime-cpu"]) == 0
+
+
+@pytest.mark.parametrize("residency", ["planned", "together", "in-turns"])
+def test_parts_in_turns_draw_the_same(run, tmp_path, residency):
+    def draw(name: str, *more: str) -> np.ndarray:
+        status, _, err = run("generate", "--prompt", "lesion", "--seed", 3, "--out",
+                             tmp_path / name, *more)  # fmt: skip
+        assert (status, "take turns" in err) == (0, "in-turns" in more)
+        return np.asarray(Image.open(tmp_path / name))
+
+    assert np.array_equal(draw("a.png"), draw("b.png", "--residency", residency))
 
 
 def test_pictures_are_classified_and_bad_ones_named(run, tmp_path):

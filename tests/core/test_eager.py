@@ -120,3 +120,55 @@ def test_what_cannot_be_run_is_refused(tiny_checkpoint, tmp_path):
     assert (engine.name, engine.precision) == (EAGER, "fp32")
     with pytest.raises(EngineError, match="takes"):
         engine.run({"sample": np.zeros((1, 4, 8, 8), np.float32)})
+
+
+def test_precisions_are_near_each_other_and_named(tiny_checkpoint):
+    from dermaflux.engines import eager
+
+    noise = {"latent_sample": flow.noise(0, (2, 4, 8, 8))}
+    plain = eager.load(tiny_checkpoint, "vae_decoder").run(noise)["sample"]
+    for precision, bound in (("fp32", 1e-6), ("bf16", 0.1), ("fp8", 0.1)):
+        engine = eager.load(tiny_checkpoint, "vae_decoder", precision=precision)
+        # Only the transformer has layers in fp8; the decoder beside it is in bf16, and says so.
+        assert engine.precision == {"fp8": "bf16"}.get(precision, precision)
+        found = engine.run(noise)["sample"]
+        assert found.dtype == np.float32
+        assert np.abs(found - plain).max() <= bound * np.abs(plain).max()
+    with pytest.raises(EngineError, match="no precision 'int4'; use fp32, bf16, fp16, fp8"):
+        eager.load(tiny_checkpoint, "vae_decoder", precision="int4")
+
+
+def test_fp8_is_torchaos(tiny_checkpoint):
+    from importlib.util import find_spec
+
+    from dermaflux.engines import eager
+
+    if find_spec("torchao") is None:
+        with pytest.raises(EngineError, match="pip install torchao"):
+            eager.load(tiny_checkpoint, "transformer", precision="fp8")
+        return
+    engine = eager.load(tiny_checkpoint, "transformer", precision="fp8")
+    assert engine.precision == "fp8"
+    kinds = {
+        name: type(layer.weight).__name__
+        for name, layer in engine.model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    }
+    low = {name for name, kind in kinds.items() if kind == "Float8Tensor"}
+    assert low == {name for name in kinds if "transformer_blocks." in name}
+    assert low != set(kinds)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_here_is_refused(tiny_checkpoint):
+    with pytest.raises(EngineError, match="torch cannot use the device 'cuda'.*Use cpu"):
+        Pipeline.from_checkpoint(tiny_checkpoint, device="cuda")
+
+
+def test_a_bundle_runs_the_weights_of_a_checkpoint(tiny_bundle, tiny_checkpoint):
+    pipeline = Pipeline.open(
+        tiny_bundle, engine=EAGER, checkpoint=tiny_checkpoint, precision="bf16", device="cpu"
+    )
+    assert {engine.name for engine in pipeline.engines.values()} == {EAGER}
+    record = pipeline.record(pipeline.request("benign lesion", seed=1))
+    assert (record["engine"], record["precision"]) == (EAGER, "bf16")

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dermaflux import engines, flow
+from dermaflux import engines, flow, hardware
 from dermaflux.bundle import Bundle
 from dermaflux.engines import EAGER, OPENVINO, ORT, Engine, choose, load
 from dermaflux.errors import EngineError
+from dermaflux.hardware import Machine
 
+CPU = Machine(cores=2, ram=None, no_gpu="no NVIDIA driver is loaded")
+"""A machine that has nothing but a CPU, whatever the tests run on."""
 SHARED = ("img_ids", "txt_ids")
 STEPPING = ("hidden_states", "timestep")
 
@@ -135,24 +138,34 @@ def without(monkeypatch: pytest.MonkeyPatch, *absent: str) -> None:
     monkeypatch.setattr(engines, "installed", lambda name: name not in absent)
 
 
-def test_int8_on_openvino_is_the_first_choice(tiny_bundle):
-    choice = choose(tiny_bundle, "transformer")
-    assert (choice.engine, choice.precision, choice.rejected) == (OPENVINO, "int8", ())
+ABSENT = {
+    "tensorrt": "no NVIDIA driver is loaded",
+    "onnxruntime-tensorrt": "no NVIDIA driver is loaded",
+    "onnxruntime-cuda": "no NVIDIA driver is loaded",
+    "openvino-gpu": "no GPU of Intel's is seen",
+}
+
+
+def test_int8_on_openvino_is_the_first_choice_of_a_cpu(tiny_bundle):
+    choice = choose(tiny_bundle, "transformer", machine=CPU)
+    assert (choice.engine, choice.precision, choice.device) == (OPENVINO, "int8", "cpu")
+    assert dict(choice.rejected) == ABSENT
 
 
 def test_a_part_without_int8_runs_in_fp32(tiny_bundle):
-    choice = choose(tiny_bundle, "vae_decoder")
+    choice = choose(tiny_bundle, "vae_decoder", machine=CPU)
     assert (choice.engine, choice.precision) == (OPENVINO, "fp32")
-    assert choice.rejected == (("openvino-cpu int8", "the bundle has no int8 file of vae_decoder"),)
-    forced = choose(tiny_bundle, "vae_decoder", precision="int8")
+    why = {**ABSENT, "openvino-cpu int8": "the bundle has no int8 file of vae_decoder"}
+    assert dict(choice.rejected) == why
+    forced = choose(tiny_bundle, "vae_decoder", precision="int8", machine=CPU)
     assert (forced.precision, forced.reason) == ("fp32", "vae_decoder has no int8 file")
 
 
 def test_without_openvino_fp32_on_onnx_runtime(tiny_bundle, monkeypatch):
     without(monkeypatch, OPENVINO)
-    choice = choose(tiny_bundle, "transformer")
+    choice = choose(tiny_bundle, "transformer", machine=CPU)
     assert (choice.engine, choice.precision) == (ORT, "fp32")
-    assert ("openvino-cpu int8", "openvino is not installed") in choice.rejected
+    assert ("openvino-cpu", "openvino is not installed; pip install openvino") in choice.rejected
 
 
 def test_the_bundle_says_who_may_run_a_file(tiny_bundle):
@@ -160,7 +173,7 @@ def test_the_bundle_says_who_may_run_a_file(tiny_bundle):
     files = {k: replace(v, engines=(ORT,)) for k, v in part.files.items()}
     parts = {**tiny_bundle.parts, "transformer": replace(part, files=files)}
     bundle = replace(tiny_bundle, parts=parts)
-    assert choose(bundle, "transformer").engine == ORT
+    assert choose(bundle, "transformer", machine=CPU).engine == ORT
     with pytest.raises(EngineError, match="does not allow openvino-cpu"):
         choose(bundle, "transformer", OPENVINO)
 
@@ -186,18 +199,81 @@ def test_what_cannot_be_had_is_refused(tiny_bundle, monkeypatch):
         choose(tiny_bundle, "transformer", EAGER)
     without(monkeypatch, OPENVINO, ORT)
     with pytest.raises(EngineError, match="pip install openvino or pip install onnxruntime"):
-        choose(tiny_bundle, "transformer")
+        choose(tiny_bundle, "transformer", machine=CPU)
 
 
 def test_eager_needs_a_checkpoint(tiny_bundle, monkeypatch):
     without(monkeypatch)
-    with pytest.raises(EngineError, match="name its folder"):
+    with pytest.raises(EngineError, match="--checkpoint"):
         load(tiny_bundle, choose(tiny_bundle, "transformer", EAGER))
 
 
 def test_cores_are_those_of_the_container(monkeypatch):
     assert 1 <= engines.usable_cores() <= 4096
-    monkeypatch.setattr(engines.os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: set(range(64)))
     for quota, cores in (("max 100000", 64), ("150000 100000", 2), ("10000 100000", 1)):
         monkeypatch.setattr(Path, "read_text", lambda self, quota=quota: quota)
         assert engines.usable_cores() == cores
+
+
+class Core:
+    """Stands in for OpenVINO's core: notes what is compiled, and how."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, list[int]] = {}
+        self.device = ""
+        self.settings: dict[str, str] = {}
+        self.inputs: list[object] = []
+        self.outputs: list[object] = []
+
+    def read_model(self, path: str) -> Core:
+        return self
+
+    def reshape(self, shapes: dict[str, list[int]]) -> None:
+        self.shapes = shapes
+
+    def compile_model(self, model: object, device: str, settings: dict[str, str]) -> Core:
+        self.device, self.settings = device, settings
+        return self
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "device", "hint"),
+    [
+        ("openvino-cpu", "fp32", "CPU", "f32"),
+        ("openvino-cpu", "int8", "CPU", "f32"),
+        ("openvino-cpu", "bf16", "CPU", "f32"),
+        ("openvino-gpu", "fp32", "GPU", "f32"),
+        ("openvino-gpu", "int8", "GPU", "f16"),
+        ("openvino-npu", "fp16", "NPU", "f16"),
+    ],
+)
+def test_openvino_is_told_what_to_compute_in(
+    tiny_bundle, monkeypatch, engine, precision, device, hint
+):
+    from dermaflux.engines import Choice, ov
+
+    core = Core()
+    monkeypatch.setattr(ov.openvino, "Core", lambda: core)
+    part = tiny_bundle.parts["transformer"]
+    files = {precision: part.files["fp32"]}
+    parts = {**tiny_bundle.parts, "transformer": replace(part, files=files)}
+    made = load(replace(tiny_bundle, parts=parts), Choice("transformer", engine, precision, ""))
+    assert (made.name, made.precision, core.device) == (engine, precision, device)
+    assert core.settings["INFERENCE_PRECISION_HINT"] == hint
+    assert ("INFERENCE_NUM_THREADS" in core.settings) == (device == "CPU")
+    # An NPU takes one shape: the bundle's default size, batch 1.
+    fixed = {"hidden_states": [1, 16, 16], "timestep": [1]} if device == "NPU" else {}
+    assert {name: core.shapes[name] for name in fixed} == fixed
+    assert bool(core.shapes) == bool(fixed)
+
+
+def test_an_npu_is_never_chosen_by_itself(tiny_bundle):
+    part = tiny_bundle.parts["transformer"]
+    file = replace(part.files["int8"], engines=engines.ENGINES)
+    parts = {**tiny_bundle.parts, "transformer": replace(part, files={"int8": file})}
+    bundle = replace(tiny_bundle, parts=parts)
+    both = replace(CPU, intel=("GPU", "NPU"))
+    assert choose(bundle, "transformer", machine=both).engine == "openvino-gpu"
+    assert choose(bundle, "transformer", machine=replace(CPU, intel=("NPU",))).engine == OPENVINO
+    assert choose(bundle, "transformer", "openvino-npu", machine=both).reason == "asked for"

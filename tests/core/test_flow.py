@@ -105,7 +105,7 @@ def test_options_that_are_off_are_no_matter():
 def test_noise_depends_on_its_seed_alone():
     shape = (16, 16, 16)
     assert np.array_equal(flow.noise(7, shape), flow.noise(7, shape))
-    seeds = [0, 1, 2, 7, 2**32, 2**62, flow.MAX_SEED]
+    seeds = [0, 1, 2, 7, 2**32, 2**52, flow.MAX_SEED]
     drawn = [flow.noise(seed, shape) for seed in seeds]
     for index, one in enumerate(drawn):
         for other in drawn[index + 1 :]:
@@ -126,7 +126,7 @@ def test_noise_stays_the_same_over_versions():
     assert flow.noise(7, (3,)).tolist() == pytest.approx(expected, abs=1e-7)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("seed", [-1, 2**53])
 def test_seeds_out_of_range_are_refused(seed):
     with pytest.raises(ValueError, match="out of range"):
         flow.noise(seed, (4,))

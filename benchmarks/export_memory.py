@@ -164,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     rows = []
     for blocks in options.blocks:
+        if options.work is not None:
+            options.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
             found = measure(Path(folder), options.base, blocks, options.precision)
         rows.append(asdict(found))

@@ -27,6 +27,7 @@ from serving.classify import Classifying
 from serving.generate import Generation
 from serving.metrics import Metrics
 from serving.openapi import document
+from serving.readiness import Readiness
 from serving.replies import Refusal, error_response, request_id
 from serving.settings import Settings
 from serving.worker import Worker
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 STATIC = Path(__file__).parent / "static"
-SYSTEM_PATHS = ("/livez", "/healthz", "/readyz", "/metrics", "/schema.json")
+READY_PATH = "/readyz"
+SYSTEM_PATHS = ("/livez", "/healthz", "/metrics", "/schema.json")
 """Answered by BentoML before the app is asked; what reaches the app there has a wrong method."""
 
 SECURITY_HEADERS = {
@@ -60,8 +62,9 @@ def create_app(
     card: ModelCard,
     settings: Settings,
     registry: CollectorRegistry,
+    readiness: Readiness,
 ) -> Starlette:
-    """The app over parts that are ready to run; its `state.close()` ends what still runs."""
+    """The app over parts that are loaded; its `state.close()` ends what still runs."""
     metrics = Metrics(registry)
     # One generation at a time: it takes every core. Classification is short and must not wait
     # behind one.
@@ -79,7 +82,11 @@ def create_app(
         return JSONResponse(openapi)
 
     async def send_card(_: Request) -> Response:
-        return JSONResponse(card.model_dump())
+        return JSONResponse(card.model_copy(update={"golden": readiness.golden}).model_dump())
+
+    async def send_readiness(_: Request) -> Response:
+        readiness.require()
+        return JSONResponse({"ready": True}, headers={"Cache-Control": "no-store"})
 
     async def send_page(_: Request) -> Response:
         return FileResponse(STATIC / "index.html")
@@ -100,7 +107,7 @@ def create_app(
 
     def route(path: str, endpoint: Endpoint, method: str) -> Route:
         # Only bodies take memory: the page and the card answer however crowded it is.
-        guarded = _through(door, endpoint) if method == "POST" else endpoint
+        guarded = _through(door, readiness, endpoint) if method == "POST" else endpoint
         return Route(path, _answering(path, guarded, metrics), methods=[method])
 
     app = Starlette(
@@ -109,6 +116,7 @@ def create_app(
             route("/v1/generate/stream", generation.stream, "POST"),
             route("/v1/classify", classifying.photograph, "POST"),
             route("/v1/model", send_card, "GET"),
+            route(READY_PATH, send_readiness, "GET"),
             route("/openapi.json", send_document, "GET"),
             route("/", send_page, "GET"),
             Mount("/static", StaticFiles(directory=STATIC)),
@@ -125,14 +133,15 @@ def create_app(
 def paths() -> frozenset[str]:
     """Every path that can answer with something else than 404."""
     files = {f"/static/{file.relative_to(STATIC).as_posix()}" for file in STATIC.rglob("*.*")}
-    ours = {"/", "/openapi.json", "/v1/model", "/v1/generate", "/v1/generate/stream"}
+    ours = {"/", "/openapi.json", "/v1/model", "/v1/generate", "/v1/generate/stream", READY_PATH}
     return frozenset({*files, *ours, "/v1/classify", *SYSTEM_PATHS})
 
 
-def _through(door: asyncio.Semaphore, endpoint: Endpoint) -> Endpoint:
-    """`endpoint` for as many callers at once as the door lets in; the others are refused."""
+def _through(door: asyncio.Semaphore, readiness: Readiness, endpoint: Endpoint) -> Endpoint:
+    """`endpoint`, once ready, for as many callers at once as the door lets in; else a refusal."""
 
     async def enter(request: Request) -> Response:
+        readiness.require()
         if door.locked():
             crowded = "Too many requests are being answered; come back in a second."
             raise Refusal(429, "busy", crowded, headers={"Retry-After": "1"})

@@ -6,15 +6,16 @@ must know of a bundle, so that a test can hand in a card without a bundle.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from dermaflux.bundle import Bundle
+from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from dermaflux.engines import Choice
 from dermaflux.prompt import DIAGNOSES, VOCABULARY
+from serving.schema import MAX_RATIO, MIN_SIDE
 from serving.settings import Settings
 
 NOTICE = (
@@ -48,6 +49,8 @@ class LimitsCard(BaseModel):
     size_multiple: int
     max_steps: int
     max_upload_bytes: int
+    min_upload_side: int = MIN_SIDE
+    max_upload_ratio: int = MAX_RATIO
     deadline_seconds: float
     waiting: int
 
@@ -64,9 +67,19 @@ class EngineCard(BaseModel):
 
     part: str
     engine: str
+    device: str
     precision: str
     reason: str
     rejected: list[RejectedEngine]
+
+
+class GoldenCard(BaseModel):
+    """What became of the image that the export stored and this service drew again."""
+
+    result: Literal["pending", "passed", "failed", "skipped", "absent"]
+    psnr_db: float | None = Field(default=None, description="How near it is; 99 is equal.")
+    tolerance_db: float | None = Field(default=None, description="How near it has to be.")
+    words: str
 
 
 class ClassifierCard(BaseModel):
@@ -96,12 +109,21 @@ class ModelCard(BaseModel):
     vocabulary: dict[str, list[str]] = {name: list(words) for name, words in VOCABULARY.items()}
     diagnoses: dict[str, str | None] = dict(DIAGNOSES)
     engines: list[EngineCard]
+    turns: list[list[str]] = Field(
+        description="Parts in memory together; more than one list: loaded anew for every image."
+    )
+    golden: GoldenCard
     parity: dict[str, Any]
     classifier: ClassifierCard | None
 
 
-def card_of(bundle: Bundle, choices: Iterable[Choice], settings: Settings) -> ModelCard:
-    """The card of an opened bundle whose parts run as `choices` say."""
+def card_of(
+    bundle: Bundle,
+    choices: Iterable[Choice],
+    settings: Settings,
+    turns: Iterable[Sequence[str]] = (GENERATOR_PARTS,),
+) -> ModelCard:
+    """The card of an opened bundle whose parts run as `choices` say, in memory by `turns`."""
     spec = bundle.classifier
     return ModelCard(
         name=bundle.name,
@@ -126,12 +148,15 @@ def card_of(bundle: Bundle, choices: Iterable[Choice], settings: Settings) -> Mo
             EngineCard(
                 part=choice.part,
                 engine=choice.engine,
+                device=choice.device,
                 precision=choice.precision,
                 reason=choice.reason,
                 rejected=[RejectedEngine(name=name, why=why) for name, why in choice.rejected],
             )
             for choice in choices
         ],
+        turns=[list(group) for group in turns],
+        golden=GoldenCard(result="pending", words="Nothing has run yet."),
         parity=asdict(bundle.parity),
         classifier=None
         if spec is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Literal, cast
 
+from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -16,7 +17,7 @@ from dermaflux.images import decode_upload
 from serving.body import read_image
 from serving.metrics import Metrics
 from serving.replies import Refusal
-from serving.schema import Classification
+from serving.schema import MAX_RATIO, MIN_SIDE, Classification
 from serving.settings import Settings
 from serving.worker import Job, Worker
 
@@ -65,7 +66,33 @@ class Classifying:
         """The work itself; runs in the worker's thread."""
         self._metrics.took("wait", time.monotonic() - job.created)
         with self._metrics.timed("read_image"):
-            image = decode_upload(data)
+            image = suitable(decode_upload(data))
         with self._metrics.timed("classify"):
             (prediction,) = classifier.classify([image])
         return prediction
+
+
+def suitable(image: Image.Image) -> Image.Image:
+    """The picture, if an answer about it would mean something.
+
+    Raises:
+        Refusal: 422, a side is under `MIN_SIDE` pixels, or it is longer than `MAX_RATIO` to 1.
+    """
+    size = f"image: the picture has {image.width} x {image.height} pixels"
+    if min(image.size) < MIN_SIDE:
+        raise Refusal(
+            422,
+            "unsuitable_image",
+            f"{size}; at least {MIN_SIDE} a side are needed. Send the photograph as the camera "
+            "made it, not a thumbnail",
+            field="image",
+        )
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise Refusal(
+            422,
+            "unsuitable_image",
+            f"{size}; only the square in its middle would be looked at. Crop it to the lesion, at "
+            f"most {MAX_RATIO} times as long as wide",
+            field="image",
+        )
+    return image

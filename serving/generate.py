@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import secrets
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dermaflux.errors import Cancelled
+from dermaflux.errors import Cancelled, EngineError, RequestError
 from dermaflux.images import encode_png
 from dermaflux.pipeline import Pipeline, Progress
 from dermaflux.pipeline import Request as Wanted
@@ -29,7 +29,6 @@ from serving.body import read_generate_request
 from serving.metrics import Metrics
 from serving.replies import Refusal, error_reply
 from serving.schema import (
-    DRAWN_SEEDS,
     GenerateRequest,
     StreamImage,
     StreamProgress,
@@ -37,6 +36,8 @@ from serving.schema import (
 )
 from serving.settings import Settings
 from serving.worker import Job, Worker
+
+logger = logging.getLogger(__name__)
 
 STILL_HERE_SECONDS = 10.0
 """A comment goes out in a silence this long, so that no proxy between takes it for a dead line."""
@@ -112,7 +113,7 @@ class Generation:
             yield _event("image", self._told(outcome.result()))
         except Exception as error:
             # The status has been sent, so failures from here on are told in the stream.
-            yield _event("error", error_reply(request, error))
+            yield _event("error", error_reply(request, error), exclude_none=True)
         finally:
             outcome.cancel()
 
@@ -120,14 +121,32 @@ class Generation:
         body = await read_generate_request(
             request, self._settings.max_json_bytes, self._settings.deadline_seconds
         )
-        return self._pipeline.request(
+        wanted = self._pipeline.request(
             _prompt(body),
-            seed=secrets.randbelow(DRAWN_SEEDS) if body.seed is None else body.seed,
+            seed=body.seed,
             steps=body.steps,
             guidance=body.guidance,
             height=body.height,
             width=body.width,
         )
+        self._fits(wanted)
+        return wanted
+
+    def _fits(self, wanted: Wanted) -> None:
+        """Refuse at once what would fail when its turn comes."""
+        if self._pipeline.plan is None:
+            return
+        try:
+            self._pipeline.plan.batch(wanted.height, wanted.width)
+        except EngineError as error:
+            # Figures of the machine are for its operator.
+            logger.info("refused: %s", error)
+            larger = "width" if wanted.width >= wanted.height else "height"
+            raise RequestError(
+                larger,
+                f"an image of {wanted.width} x {wanted.height} pixels does not fit in the memory "
+                "of this machine; ask for a smaller one",
+            ) from None
 
     def _draw(
         self, wanted: Wanted, job: Job[Drawn], on_step: Callable[[Progress], None] | None
@@ -215,8 +234,8 @@ def _prompt(body: GenerateRequest) -> str:
     return caption(Lesion.from_mapping(body.lesion.model_dump(exclude_none=True)))
 
 
-def _event(name: str, data: BaseModel) -> str:
-    return f"event: {name}\ndata: {data.model_dump_json()}\n\n"
+def _event(name: str, data: BaseModel, *, exclude_none: bool = False) -> str:
+    return f"event: {name}\ndata: {data.model_dump_json(exclude_none=exclude_none)}\n\n"
 
 
 async def _gone(request: Request) -> None:

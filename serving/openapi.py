@@ -16,6 +16,8 @@ from serving.body import IMAGE_TYPES
 from serving.card import ModelCard
 from serving.generate import REPRODUCTION
 from serving.schema import (
+    MAX_RATIO,
+    MIN_SIDE,
     Classification,
     ErrorReply,
     GenerateRequest,
@@ -37,13 +39,13 @@ _MODELS: tuple[type[BaseModel], ...] = (
 _REASONS = {
     400: "The body is not JSON, not a form, or not an image that can be read.",
     404: "Not there.",
-    405: "Another method is needed; see the header Allow.",
     408: "The body did not arrive in time.",
     413: "The body is too long.",
     415: "The Content-Type is not one of those taken.",
-    422: "A field is unknown, missing, contradictory or out of range.",
+    422: "A field is unknown, missing, contradictory or out of range, or a picture of no use.",
     429: "No place is free; come back after Retry-After seconds.",
     500: "Something failed in the service.",
+    503: "Engines are not proved yet, or were found wrong; the message says why.",
     504: "Not done within the deadline.",
 }
 
@@ -88,7 +90,13 @@ def document(card: ModelCard) -> dict[str, Any]:
             },
             "/livez": {"get": _plain("The process is alive.", {"text/plain": {}})},
             "/healthz": {"get": _plain("The process is alive.", {"text/plain": {}})},
-            "/readyz": {"get": _plain("The model is loaded.", {"text/plain": {}})},
+            "/readyz": {
+                "get": _plain(
+                    "Engines have run, and the golden image is right.",
+                    {"application/json": {}},
+                    503,
+                )
+            },
             "/metrics": {"get": _plain("Prometheus metrics.", {"text/plain": {}})},
         },
         "components": {"schemas": schemas["$defs"]},
@@ -126,7 +134,7 @@ def _generate() -> dict[str, Any]:
         "summary": "Draw one synthetic lesion.",
         "operationId": "generate",
         "requestBody": {"required": True, "content": _json("GenerateRequest")},
-        "responses": {"200": reply, **_errors(400, 408, 413, 415, 422, 429, 500, 504)},
+        "responses": {"200": reply, **_errors(400, 408, 413, 415, 422, 429, 500, 503, 504)},
     }
 
 
@@ -142,7 +150,7 @@ def _stream() -> dict[str, Any]:
         "summary": "Draw one synthetic lesion and tell of the progress.",
         "operationId": "generateStream",
         "requestBody": {"required": True, "content": _json("GenerateRequest")},
-        "responses": {"200": reply, **_errors(400, 408, 413, 415, 422, 429, 500)},
+        "responses": {"200": reply, **_errors(400, 408, 413, 415, 422, 429, 500, 503)},
     }
 
 
@@ -157,12 +165,16 @@ def _classify() -> dict[str, Any]:
     reply = {"description": "The answer.", "content": _json("Classification")}
     return {
         "summary": "Classify one photograph of a lesion.",
+        "description": (
+            f"At least {MIN_SIDE} pixels a side and at most {MAX_RATIO} times as long as wide: of "
+            "a smaller or longer one an answer would mean nothing (422)."
+        ),
         "operationId": "classify",
         "requestBody": {
             "required": True,
             "content": {**content, "multipart/form-data": {"schema": form}},
         },
-        "responses": {"200": reply, **_errors(400, 404, 408, 413, 415, 429, 500, 504)},
+        "responses": {"200": reply, **_errors(400, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
     }
 
 

@@ -27,13 +27,17 @@ ErrorCode = Literal[
     "method_not_allowed",
     "no_classifier",
     "not_found",
+    "not_ready",
     "slow_upload",
+    "unsuitable_image",
     "unsupported_media_type",
 ]
 
-DRAWN_SEEDS = 2**53
-"""Seeds drawn here stay below this, so that JavaScript's numbers can repeat them exactly."""
-
+MIN_SIDE = 64
+"""Pixels. A smaller picture is a thumbnail: blown up to the classifier's input it is guesswork."""
+MAX_RATIO = 4
+"""Longer side over shorter. The classifier sees the centre square, so of a longer picture less than
+a quarter, and the lesion may be outside of it."""
 
 # The bundle's own bounds are narrower; this keeps numbers of thousands of digits out.
 _Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -72,10 +76,27 @@ class LesionAttributes(_Strict):
 class GenerateRequest(_Strict):
     """One image to draw: either `prompt` or `lesion`; the rest has the bundle's defaults."""
 
+    # Both fields may be null in JSON, so "required" alone would not say which one is given.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "title": f"By {given}",
+                    "required": [given],
+                    "properties": {
+                        given: {"not": {"type": "null"}},
+                        other: {"type": "null"},
+                    },
+                }
+                for given, other in (("prompt", "lesion"), ("lesion", "prompt"))
+            ]
+        }
+    )
+
     prompt: str | None = Field(default=None, description="Free text, at most 2,000 characters.")
     lesion: LesionAttributes | None = None
     seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="Drawn below 2^53 if not given."
+        default=None, ge=0, le=MAX_SEED, description="Drawn at random if not given."
     )
     steps: _Count | None = None
     guidance: FiniteFloat | None = None

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,16 @@ import bentoml
 # BentoML's own class of services, for its parameter `service_class`; it has no public address.
 from _bentoml_sdk import Service  # type: ignore[import-untyped]
 
-from dermaflux.bundle import GENERATOR_PARTS, Bundle
+from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
-from dermaflux.engines import EAGER, choose
+from dermaflux.doctor import damaged, files_of
+from dermaflux.engines import EAGER, Choice, choose
 from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
-from serving.app import create_app, paths
+from dermaflux.residency import planned
+from serving.app import READY_PATH, create_app, paths
 from serving.card import card_of
+from serving.readiness import Readiness, prove
 from serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -46,7 +49,7 @@ UNKNOWN_PATH = "/unknown"
 
 
 class _Bounded(Service[Any]):  # type: ignore[misc]
-    """BentoML's service without two things that grow with what strangers send.
+    """BentoML's service with our readiness, without two things that grow with what strangers send.
 
     Its metrics are labelled with the raw path, so a scan for weaknesses would make a time series
     of every address it tries. Its timeout keeps a timer of every request until that would have
@@ -65,7 +68,9 @@ class _Bounded(Service[Any]):  # type: ignore[misc]
         async def with_known_path(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] in ("http", "websocket") and scope["path"] not in known:
                 scope = {**scope, "path": UNKNOWN_PATH}
-            await app(scope, receive, send)
+            # BentoML's own probe knows that a process runs, not that what it draws is right.
+            ours = scope["type"] == "http" and scope["path"] == READY_PATH
+            await (_mounted if ours else app)(scope, receive, send)
 
         return with_known_path
 
@@ -92,17 +97,21 @@ class DermaFlux:
     @bentoml.on_deployment  # type: ignore[untyped-decorator]
     @staticmethod
     def check() -> None:
-        """Before any worker starts: refuse settings, bundles and engines that cannot be had.
+        """Before any worker starts: refuse settings, bundles and engines that cannot be had,
+        models that do not fit in memory, and files that are not those that were exported.
 
         A worker that cannot start would be started again and again.
         """
         try:
             settings = Settings.from_environment(os.environ)
-            bundle = Bundle.open(find_bundle(settings), verify=True)
+            bundle = Bundle.open(find_bundle(settings))
             if settings.engine == EAGER:
                 raise EngineError("the eager engine runs a checkpoint; the service runs bundles")
-            for part in (*GENERATOR_PARTS, *(["classifier"] if bundle.classifier else [])):
-                choose(bundle, part, settings.engine, settings.precision)
+            choices, plan = planned(bundle, settings.engine, settings.precision)
+            served = [*choices.values()]
+            if bundle.classifier:
+                served.append(choose(bundle, "classifier", settings.engine, settings.precision))
+            _refuse_damage(bundle, served)
         except DermaFluxError as error:
             sys.exit(f"error: {error}")
 
@@ -128,16 +137,33 @@ class DermaFlux:
         choices = [*pipeline.choices.values()]
         if classifier is not None and classifier.choice is not None:
             choices.append(classifier.choice)
-        card = card_of(bundle, choices, settings)
-        self._app = create_app(pipeline, classifier, card, settings, REGISTRY)
+        assert pipeline.plan is not None, "planned where a bundle is opened"
+        card = card_of(bundle, choices, settings, pipeline.plan.groups)
+        readiness = Readiness()
+        self._app = create_app(pipeline, classifier, card, settings, REGISTRY, readiness)
         _mounted.app = self._app
         seconds = time.monotonic() - begin
         logger.info("%s (%s) loaded in %.1f s", bundle.path.resolve(), bundle.id, seconds)
+        readiness.begin(lambda: prove(bundle, pipeline, classifier, compare=settings.golden))
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
         """Stop what still runs."""
         self._app.state.close()
+
+
+def _refuse_damage(bundle: Bundle, served: Iterable[Choice]) -> None:
+    """Compare the sha256 of every file that will run; files of other precisions are not read.
+
+    Raises:
+        BundleError: with the files that differ.
+    """
+    wrong = damaged(bundle, files_of(bundle, served))
+    if wrong:
+        raise BundleError(
+            f"not what was exported in {bundle.path}, by sha256: {', '.join(wrong)}. Copy the "
+            f"bundle anew, or make it with: python -m export CHECKPOINT --out {bundle.path}"
+        )
 
 
 def _log_as_bentoml_does() -> None:

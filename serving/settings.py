@@ -57,13 +57,20 @@ class Settings:
     max_json_bytes: int = field(
         default=64_000, metadata={"help": "largest JSON request", "min": 1_000}
     )
+    golden: bool = field(
+        default=True,
+        metadata={
+            "help": "1: take requests only once the bundle's golden image came out right; "
+            "0: do not compare, and say so in the model card"
+        },
+    )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Read the variables; those left out or empty keep their default.
 
         Raises:
-            SettingError: a variable with our prefix is unknown, is not a number, or is too small.
+            SettingError: a variable with our prefix is unknown, or its value is not one it takes.
         """
         known = {PREFIX + item.name.upper(): item for item in fields(cls)}
         unknown = sorted(
@@ -78,6 +85,8 @@ class Settings:
                 continue
             if item.name == "bundle":
                 values[item.name] = Path(text)
+            elif item.name == "golden":
+                values[item.name] = _switch(variable, text)
             elif "min" in item.metadata:
                 values[item.name] = _number(
                     variable, text, item.metadata["min"], whole="float" not in str(item.type)
@@ -85,6 +94,12 @@ class Settings:
             else:
                 values[item.name] = text
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _switch(variable: str, text: str) -> bool:
+    if text not in ("0", "1"):
+        raise SettingError(f"{variable} is {text!r}; it needs 0 or 1")
+    return text == "1"
 
 
 def _number(variable: str, text: str, least: float, *, whole: bool) -> float:

@@ -30,7 +30,8 @@ from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import WORDING
 from dermaflux.tokens import Tokens
 from serving.app import create_app
-from serving.card import ModelCard, card_of
+from serving.card import GoldenCard, ModelCard, card_of
+from serving.readiness import Readiness
 from serving.settings import Settings
 
 MODEL = ModelSpec(
@@ -104,11 +105,12 @@ def tiny_card(settings: Settings, *, classifies: bool = True) -> ModelCard:
     bundle = Bundle(
         path=Path("nowhere"),
         id="0123456789abcdef",
-        schema=1,
+        schema=2,
         name="tiny",
         created="2026-01-01T00:00:00Z",
         made_by="dermaflux 0.1.0",
         parts={},
+        files=(),
         model=MODEL,
         scheduler={},
         defaults=DEFAULTS,
@@ -140,9 +142,16 @@ class Live:
 
 @contextmanager
 def running(
-    *, fails: Exception | None = None, classifies: bool = True, **settings: object
+    *,
+    fails: Exception | None = None,
+    classifies: bool = True,
+    prove: Callable[[], GoldenCard] | None = None,
+    **settings: object,
 ) -> Iterator[Live]:
-    """The app with these settings on a free port; `fails` is raised by the transformer."""
+    """The app with these settings on a free port; `fails` is raised by the transformer.
+
+    It is ready at once, or when `prove` says so.
+    """
     configured = replace(Settings(), **settings)  # type: ignore[arg-type]
     brake = Brake()
     engines = fake.engines(MODEL)
@@ -172,7 +181,11 @@ def running(
     classifier = Classifier(SPEC, fake.Fake(redness)) if classifies else None
     registry = CollectorRegistry()
     card = tiny_card(configured, classifies=classifies)
-    app = create_app(pipeline, classifier, card, configured, registry)
+    readiness = Readiness()
+    readiness.ready = prove is None
+    app = create_app(pipeline, classifier, card, configured, registry, readiness)
+    if prove is not None:
+        readiness.begin(prove)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -190,7 +203,7 @@ def running(
             app.state.close()
 
 
-def picture(red: int, form: str = "PNG", size: tuple[int, int] = (48, 40)) -> bytes:
+def picture(red: int, form: str = "PNG", size: tuple[int, int] = (96, 80)) -> bytes:
     """A picture of one colour; the redder, the more malignant to the fake classifier."""
     stream = io.BytesIO()
     Image.new("RGB", size, (red, 120, 100)).save(stream, form)

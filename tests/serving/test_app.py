@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dermaflux.bundle import GENERATOR_PARTS
 from dermaflux.prompt import VOCABULARY
 from serving.app import SECURITY_HEADERS, STATIC, SYSTEM_PATHS, paths
 from serving.settings import SettingError, Settings
@@ -98,6 +100,36 @@ def test_document_covers_every_route_with_the_bounds_of_the_bundle(live: Live) -
     assert set(re.findall(r"#/components/schemas/(\w+)", str(document))) <= names
 
 
+@pytest.mark.parametrize(
+    ("body", "valid"),
+    [
+        ({"prompt": "x"}, True),
+        ({"lesion": {"label": "benign"}}, True),
+        ({"prompt": "x", "lesion": None}, True),
+        ({"prompt": None, "lesion": {"label": "benign"}}, True),
+        ({}, False),
+        ({"prompt": None, "lesion": None}, False),
+        ({"prompt": "x", "lesion": {"label": "benign"}}, False),
+    ],
+)
+def test_document_wants_a_prompt_or_a_lesion_as_the_service_does(
+    live: Live, body: dict[str, object], valid: bool
+) -> None:
+    schemas = live.client.get("/openapi.json").json()["components"]["schemas"]
+
+    def holds(branch: dict[str, Any]) -> bool:
+        """JSON Schema's `required`, and `properties` as far as null is concerned."""
+        null = {name: "not" not in rule for name, rule in branch["properties"].items()}
+        return all(name in body for name in branch["required"]) and all(
+            (body[name] is None) == null[name] for name in body
+        )
+
+    branches = schemas["GenerateRequest"]["oneOf"]
+    assert [holds(branch) for branch in branches].count(True) == valid
+    reply = live.client.post("/v1/generate", json=body)
+    assert reply.status_code == (200 if valid else 422)
+
+
 def test_card_tells_what_serves(live: Live) -> None:
     card = live.client.get("/v1/model").json()
     assert "not a medical device" in card["notice"]
@@ -106,6 +138,9 @@ def test_card_tells_what_serves(live: Live) -> None:
     assert card["diagnoses"]["melanoma"] == "malignant"
     assert card["engines"][0]["reason"] == "a test"
     assert card["engines"][0]["rejected"] == [{"name": "other", "why": "not here"}]
+    assert card["engines"][0]["device"] == "cpu"
+    assert card["turns"] == [[*GENERATOR_PARTS]]
+    assert (card["limits"]["min_upload_side"], card["limits"]["max_upload_ratio"]) == (64, 4)
     assert card["classifier"]["abstain"] == [0.3, 0.5]
     assert card["licences"][0]["licence"] == "CC0-1.0"
 
@@ -137,6 +172,8 @@ def test_settings_are_read_from_the_environment() -> None:
     )
     assert read == Settings(bundle=Path("/srv/bundle"), deadline_seconds=2.5, waiting=0)
     assert Settings.from_environment({}) == Settings()
+    assert Settings().golden
+    assert not Settings.from_environment({"DERMAFLUX_GOLDEN": "0"}).golden
 
 
 @pytest.mark.parametrize(
@@ -149,6 +186,7 @@ def test_settings_are_read_from_the_environment() -> None:
         ("DEADLINE_SECONDS", "nan"),
         ("DEADLINE_SECONDS", "inf"),
         ("DEADLINE_SECONDS", "soon"),
+        ("GOLDEN", "no"),
     ],
 )
 def test_senseless_settings_are_refused_by_name(name: str, value: str) -> None:

@@ -153,6 +153,21 @@ def test_what_is_no_photograph_is_refused(live: Live, data: bytes) -> None:
     assert (reply.status_code, error(reply)["code"]) == (400, "invalid_image")
 
 
+@pytest.mark.parametrize("size", [(63, 200), (200, 63), (20, 20), (401, 100), (100, 401)])
+def test_pictures_that_show_too_little_are_refused(live: Live, size: tuple[int, int]) -> None:
+    reply = post(live, picture(0, size=size))
+    told = error(reply)
+    assert (reply.status_code, told["code"], told["field"]) == (422, "unsuitable_image", "image")
+    assert f"{size[0]} x {size[1]} pixels" in told["message"]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 256), (400, 100)])
+def test_pictures_just_large_and_square_enough_are_answered(
+    live: Live, size: tuple[int, int]
+) -> None:
+    assert post(live, picture(0, size=size)).json()["label"] == "benign"
+
+
 def test_long_uploads_are_refused_declared_or_chunked() -> None:
     def chunks() -> Iterator[bytes]:
         for _ in range(30):

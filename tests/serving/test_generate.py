@@ -8,6 +8,7 @@ import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,8 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dermaflux.bundle import Bundle
 from dermaflux.errors import EngineError
+from dermaflux.hardware import Machine, Memory
 from dermaflux.images import read_marks
+from dermaflux.memory import CPU
+from dermaflux.residency import planned
 from tests.serving.live import Live, running, until
 
 PROMPT = "dermoscopic image of a benign lesion"
@@ -103,7 +108,7 @@ def test_lesion_becomes_a_caption(live: Live) -> None:
         ({"prompt": 3}, "prompt"),
         ({"prompt": PROMPT, "colour": "red"}, "colour"),
         ({"prompt": PROMPT, "seed": -1}, "seed"),
-        ({"prompt": PROMPT, "seed": 2**63}, "seed"),
+        ({"prompt": PROMPT, "seed": 2**53}, "seed"),
         ({"prompt": PROMPT, "seed": 1.5}, "seed"),
         ({"prompt": PROMPT, "seed": "7"}, "seed"),
         ({"prompt": PROMPT, "seed": True}, "seed"),
@@ -287,6 +292,23 @@ def test_stream_tells_failures_in_band() -> None:
     assert [name for name, _ in told] == ["queued", "error"]
     assert told[1][1]["error"]["code"] == "internal"
     assert told[1][1]["error"]["request_id"] == reply.headers["x-request-id"]
+    assert "field" not in told[1][1]["error"]
+
+
+def test_image_that_does_not_fit_in_memory_is_refused_at_once(
+    live: Live, tiny_bundle: Bundle
+) -> None:
+    machine = Machine(2, Memory(10**10, 10**10, "test"))
+    _, plan = planned(tiny_bundle, "onnxruntime-cpu", machine=machine)
+    enough = plan.peak(CPU, 64, 64)
+    live.pipeline.plan = replace(plan, devices={CPU: Memory(10**10, enough, "test")})
+    ask = {"prompt": PROMPT, "steps": 1}
+    for path in ("/v1/generate", "/v1/generate/stream"):
+        reply = live.client.post(path, json={**ask, "height": 256})
+        assert (reply.status_code, error(reply)["field"]) == (422, "height")
+        assert "64 x 256 pixels does not fit" in error(reply)["message"]
+    assert live.brake.steps == 0
+    assert live.client.post("/v1/generate", json=ask).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/generate", "/v1/generate/stream"])

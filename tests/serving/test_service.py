@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,10 @@ import pytest
 import yaml
 
 from dermaflux.bundle import Bundle
+from dermaflux.hardware import Machine, Memory
+from tests.core.test_doctor import with_golden
 from tests.serving.live import picture, until
+from tests.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 BENTOML = [sys.executable, "-m", "bentoml"]
@@ -34,6 +38,9 @@ begin = time.monotonic()
 from serving.service import DermaFlux
 from starlette.testclient import TestClient
 with TestClient(DermaFlux.to_asgi()) as client:
+    while client.get("/readyz").status_code == 503:
+        assert client.get("/v1/model").json()["golden"]["result"] in ("pending", "passed")
+        time.sleep(0.01)
     assert client.get("/readyz").status_code == 200
     print("ready", time.monotonic() - begin)
     assert client.post("/v1/generate", json={"prompt": "a lesion", "steps": 1}).status_code == 200
@@ -43,6 +50,19 @@ with TestClient(DermaFlux.to_asgi()) as client:
 heavy = {"torch", "diffusers", "transformers", "timm", "peft", "torchvision",
          "openvino_telemetry"} & set(sys.modules)
 assert not heavy, heavy
+"""
+
+PROBE = """
+import json, time
+from serving.service import DermaFlux
+from starlette.testclient import TestClient
+with TestClient(DermaFlux.to_asgi()) as client:
+    while client.get("/v1/model").json()["golden"]["result"] == "pending":
+        time.sleep(0.01)
+    replies = [client.get("/readyz"), client.post("/v1/generate", json={"prompt": "x"})]
+    golden = client.get("/v1/model").json()["golden"]["result"]
+    alive = client.get("/livez").status_code
+    print(json.dumps([[r.status_code for r in replies], golden, alive, replies[0].text]))
 """
 
 
@@ -83,8 +103,89 @@ def start(bundle: Path, folder: Path) -> float:
     return float(found[1])
 
 
-def test_service_runs_without_torch(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    start(tiny_bundle.path, tmp_path)
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A tiny bundle that draws its golden image."""
+    return with_golden(write_bundle(tmp_path_factory.mktemp("right") / "bundle"))
+
+
+def test_service_runs_without_torch(right: Bundle, tmp_path: Path) -> None:
+    start(right.path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "statuses", "result"),
+    [({}, [503, 503], "failed"), ({"DERMAFLUX_GOLDEN": "0"}, [200, 200], "skipped")],
+)
+def test_engines_that_draw_another_image_than_the_export_are_not_ready(
+    right: Bundle, tmp_path: Path, variables: dict[str, str], statuses: list[int], result: str
+) -> None:
+    copy = shutil.copytree(right.path, tmp_path / "bundle")
+    manifest = json.loads((copy / "bundle.json").read_text())
+    manifest["golden"]["request"]["seed"] += 1
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    (tmp_path / "metrics").mkdir()
+    variables = {
+        "DERMAFLUX_BUNDLE": str(copy),
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "metrics"),
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        cwd=ROOT,
+        env=environment(tmp_path / "home", **variables),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told, golden, alive, text = json.loads(done.stdout.splitlines()[-1])
+    assert (told, golden, alive) == (statuses, result, 200)
+    assert ("dB PSNR, needed are at least 30 dB" in text) == (result == "failed")
+
+
+def checked(bundle: Path, monkeypatch: pytest.MonkeyPatch, **variables: str) -> str | None:
+    """What the parent process says before it starts workers, or None where it starts them."""
+    from serving.service import DermaFlux
+
+    for name in [name for name in os.environ if name.startswith("DERMAFLUX_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"BUNDLE": str(bundle), **variables}.items():
+        monkeypatch.setenv(f"DERMAFLUX_{name}", value)
+    try:
+        DermaFlux.inner.check()
+    except SystemExit as end:
+        return str(end.code)
+    return None
+
+
+def test_bundle_that_does_not_fit_is_refused_before_workers_start(
+    right: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checked(right.path, monkeypatch) is None
+    small = Machine(2, Memory(10**9, 50_000_000, "test"), no_gpu="none")
+    monkeypatch.setattr("dermaflux.residency.look", lambda: small)
+    words = checked(right.path, monkeypatch)
+    assert words is not None
+    assert words.startswith("error: the bundle tiny does not fit here")
+    assert "has 50 MB free of 1.0 GB" in words
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer/tokenizer.json", "golden.png", "transformer/model.onnx"]
+)
+def test_files_that_will_be_served_are_compared_with_what_was_exported(
+    right: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    copy = shutil.copytree(right.path, tmp_path / "bundle")
+    content = bytearray((copy / name).read_bytes())
+    content[-1] ^= 1
+    (copy / name).write_bytes(content)
+    words = checked(copy, monkeypatch, PRECISION="fp32")
+    assert words is not None
+    assert f"by sha256: {name}. Copy the bundle anew" in words
+    # What is not served is not read: of 60 GB that is most.
+    served_anyhow = "transformer" not in name
+    assert (checked(copy, monkeypatch, PRECISION="int8") is None) != served_anyhow
 
 
 def test_service_is_ready_within_seconds_on_the_embedded_default(
@@ -140,14 +241,14 @@ def test_requirements_of_the_bento_are_those_of_the_project() -> None:
 
 
 @pytest.fixture(scope="module")
-def bento(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bento(right: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BENTOML_HOME with a Bento of this project around the tiny bundle."""
     project = tmp_path_factory.mktemp("project")
     for name in ("dermaflux", "serving"):
         shutil.copytree(ROOT / name, project / name)
     for name in ("bentofile.yaml", ".bentoignore", "LICENSE"):
         shutil.copy(ROOT / name, project)
-    shutil.copytree(tiny_bundle.path, project / "bundles/mini")
+    shutil.copytree(right.path, project / "bundles/mini")
     home = tmp_path_factory.mktemp("bentoml_home")
     done = subprocess.run(
         [*BENTOML, "build"], cwd=project, env=environment(home), capture_output=True, text=True
@@ -156,16 +257,15 @@ def bento(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path
     return home
 
 
-def test_built_bento_serves_from_another_folder(
-    bento: Path, tiny_bundle: Bundle, tmp_path: Path
-) -> None:
+def test_built_bento_serves_from_another_folder(bento: Path, right: Bundle, tmp_path: Path) -> None:
     with served(bento, tmp_path) as (client, log):
         card = client.get("/v1/model").json()
-        assert card["bundle"] == tiny_bundle.id
+        assert card["bundle"] == right.id
+        assert card["golden"]["result"] == "passed"
         image = client.post("/v1/generate", json={"lesion": {"label": "benign"}})
         assert image.headers["content-type"] == "image/png"
         form = {"image": ("drawn.png", image.content, "image/png")}
-        assert client.post("/v1/classify", files=form).json()["bundle"] == tiny_bundle.id
+        assert client.post("/v1/classify", files=form).json()["bundle"] == right.id
         assert "DermaFlux" in client.get("/").text
         for number in range(20):
             reply = client.get(f"/scan/{number}.php")

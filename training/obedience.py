@@ -37,18 +37,23 @@ ASKED: Final[Mapping[str, Changes]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Attribute:
-    """A pair of `ASKED`, and the goal of its AUC (None: too rare in the training images)."""
+    """A pair of `ASKED`, and the goal of its AUC (None: too rare in the training images).
+
+    `alone` and `instead` are a second pair to stand beside: the word alone, and another alone.
+    """
 
     present: str
     absent: str
     goal: float | None
+    alone: str | None = None
+    instead: str | None = None
 
 
 ATTRIBUTES: Final[Mapping[str, Attribute]] = {
     "size": Attribute("large", "small", 0.95),
     "black": Attribute("browns and black", "both browns", 0.85),
     "dark brown": Attribute("both browns", "light brown", 0.80),
-    "light brown": Attribute("both browns", "dark brown", 0.75),
+    "light brown": Attribute("both browns", "dark brown", 0.75, "light brown", "dark brown"),
     "blue gray": Attribute("browns and blue gray", "both browns", None),
 }
 GUIDED: Final = ("size", "black", "dark brown")
@@ -145,6 +150,15 @@ def pairs(found: Mapping[str, Sequence[attributes.Measured]],
         absent = quantities(name, found[attribute.absent])
         wins = comparison(present, absent)
         counts = resampled(len(present), np.random.default_rng(0))
+        beside = {
+            "right order within a pair": float(np.diag(wins).mean()),
+            "the measure on real images, AUC": real[name],
+        }
+        if attribute.alone and attribute.instead:
+            sides = (quantities(name, found[s]) for s in (attribute.alone, attribute.instead))
+            beside[f"alone, against {attribute.instead} alone, AUC"] = float(
+                auc(comparison(*sides))[0]
+            )
         lines.append(
             Figure(
                 f"obedience.{name}",
@@ -153,10 +167,7 @@ def pairs(found: Mapping[str, Sequence[attributes.Measured]],
                 len(present),
                 interval(auc(wins, counts, counts)),
                 attribute.goal,
-                beside={
-                    "right order within a pair": float(np.diag(wins).mean()),
-                    "the measure on real images, AUC": real[name],
-                },
+                beside=beside,
             )
         )
     return lines

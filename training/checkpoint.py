@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from training import data
 from training.generator import Generator
-from training.words import save_tokenizer
+from training.words import save_clip, save_tokenizer
 
 _MODEL_INDEX = {
     "_class_name": "FluxPipeline",
@@ -103,7 +103,7 @@ def write(
         autoencoder.to(half).save_pretrained(new / "vae", max_shard_size=shard)
         generator.transformer.to(torch.float32)
         autoencoder.to(torch.float32)
-        generator.clip.save_pretrained(new / "text_encoder", max_shard_size=shard)
+        save_clip(generator.clip, new / "text_encoder", shard)
         generator.t5.save_pretrained(new / "text_encoder_2", max_shard_size=shard)
         save_tokenizer(clip, new / "tokenizer", length)
         save_tokenizer(t5, new / "tokenizer_2", length)

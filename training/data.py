@@ -162,6 +162,22 @@ def load_images(samples: Sequence[Sample], size: int, threads: int = 2) -> NDArr
         return np.stack(list(pool.map(load, samples)))
 
 
+def load_mask(sample: Sample, size: int) -> NDArray[np.bool_] | None:
+    """The lesion's mask, [size, size], or None where the sample has none.
+
+    Raises:
+        DatasetError: the file is missing or no picture.
+    """
+    if sample.mask is None:
+        return None
+    try:
+        with Image.open(sample.mask) as image:
+            square = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
+    except OSError as error:
+        raise DatasetError(f"{sample.mask} cannot be read as a mask: {error}") from error
+    return np.asarray(square) > 127
+
+
 def licences(samples: Iterable[Sample]) -> list[tuple[str, str]]:
     """The distinct (source, licence) pairs of samples, sorted."""
     return sorted({(sample.source, sample.licence) for sample in samples})

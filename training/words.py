@@ -50,7 +50,8 @@ def train_tokenizer(
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, length: int) -> None:
     """Write `tokenizer.json` and a `tokenizer_config.json` that transformers 4.57 and 5 both load.
 
-    transformers 5 would name the class `TokenizersBackend`, which 4.57 does not know.
+    transformers 5 would name the class `TokenizersBackend`, which 4.57 does not know; and 4.57
+    would take `add_prefix_space` for false where nothing is said, and so give other ids.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -63,8 +64,19 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path, length: int) -
         "unk_token": "<unk>",
         "padding_side": "right",
         "truncation_side": "right",
+        "add_prefix_space": True,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_clip(encoder: CLIPTextModel, folder: Path, shard: str) -> None:
+    """Write a CLIP text encoder that transformers 4.57 and 5 both load.
+
+    transformers 5 leaves out the prefix `text_model.`, without which 4.57 finds no tensor and runs
+    on random weights; 5 reads both.
+    """
+    state = {f"text_model.{name}": value for name, value in encoder.state_dict().items()}
+    encoder.save_pretrained(folder, state_dict=state, max_shard_size=shard)
 
 
 def token_ids(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> torch.Tensor:

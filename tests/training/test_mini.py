@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from dermaflux.pipeline import Pipeline
@@ -45,6 +46,16 @@ def test_plain_diffusers_opens_what_is_made(trained: tuple[Path, Path]) -> None:
     ).images[0]  # fmt: skip
     assert image.shape == (32, 48, 3)
     assert np.isfinite(image).all()
+
+
+def test_older_transformers_find_every_tensor_and_the_same_tokens(
+    trained: tuple[Path, Path],
+) -> None:
+    names = load_file(trained[1] / "text_encoder/model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
+    for folder in ("tokenizer", "tokenizer_2"):
+        config = json.loads((trained[1] / folder / "tokenizer_config.json").read_text())
+        assert config["add_prefix_space"] is True
 
 
 def test_our_pipeline_opens_it_with_its_own_defaults(trained: tuple[Path, Path]) -> None:
@@ -160,3 +171,40 @@ def test_hours_that_train_nothing_are_refused(
     with pytest.raises(SystemExit):
         mini.main(["--data", "x", "--hours", hours])
     assert "is not a number above 0" in capsys.readouterr().err
+
+
+def test_guidance_leaves_the_pictures_own_direction_alone() -> None:
+    torch.manual_seed(0)
+    teacher = generator.Generator(TINY).eval()
+    noisy, sigma = torch.randn(3, 4, 64), torch.tensor([0.2, 0.5, 0.9])
+    ids = torch.zeros(4, 3)
+    hidden, pooled = torch.randn(3, 24, 32), torch.randn(3, 32)
+    empty = (torch.randn(1, 24, 32), torch.randn(1, 32))
+
+    @torch.no_grad()
+    def at(weight: float, parallel: float) -> torch.Tensor:
+        return generator.guided(
+            teacher, hidden, pooled, noisy, sigma, torch.full((3,), weight), ids, empty, parallel
+        )
+
+    text, plain, projected = at(1, 0), at(3, 1), at(3, 0)
+    assert torch.equal(text, at(1, 1))
+    without = text - (plain - text) / 2  # plain = without + 3 (text - without)
+    assert torch.allclose(without + 3 * (text - without), plain, atol=1e-5)
+    picture = noisy - sigma[:, None, None] * text
+    along = ((projected - text) * picture).sum((1, 2))
+    assert torch.allclose(along, torch.zeros(3), atol=1e-3)
+    assert ((projected - text).norm() > 0.1 * (plain - text).norm()) & (projected != plain).any()
+
+
+def test_pictures_with_patches_are_drawn_less() -> None:
+    skin = np.full((32, 32, 3), (226, 188, 168), np.uint8)
+    lesion = skin.copy()
+    lesion[10:20, 10:20] = (60, 70, 160)  # a blue lesion is no patch where the mask says so
+    mask = np.zeros((32, 32), bool)
+    mask[10:20, 10:20] = True
+    assert mini.foreign_colour(skin, None) == 0
+    assert mini.foreign_colour(lesion, mask) == 0
+    assert mini.foreign_colour(lesion, None) == pytest.approx(100 / 1024)
+    sample = data.Sample(Path("x"), Lesion("benign"), "train", "g", "s", "l")
+    assert mini.draw_weight(sample, lesion) == pytest.approx(0.1 * mini.draw_weight(sample, skin))

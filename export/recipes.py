@@ -141,7 +141,8 @@ RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
         "classifier": Recipe(kind="int8", keep=_VIT, per_channel=True),
     },
     "fp8": {
-        "text_encoder_2": Recipe(kind="float8e4m3fn", weights_only=_WEIGHTS),
+        # T5 is not among them: with one scale a tensor, the only kind that TensorRT multiplies in
+        # fp8, the embedded default's is 43 % of its largest output off.
         "transformer": Recipe(kind="float8e4m3fn", keep=_ENDS, weights_only=_MODULATIONS),
         "classifier": Recipe(kind="float8e4m3fn", keep=_VIT),
     },

@@ -107,7 +107,7 @@ def test_logits_are_the_head_over_the_features(tiny_checkpoint):
 
     module = eager.module(tiny_checkpoint, "classifier")
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    logits, _ = module(pixels)
+    logits, *_ = module(pixels)
     assert torch.allclose(logits, module.model(pixels), atol=1e-6)
 
 

@@ -207,7 +207,8 @@ def test_the_best_precision_of_a_part_is_chosen_by_the_gpu(exported):
         jobs = plan_jobs(exported, hardware, list(exported.parts), (), [], _flags())
         return {job.part: job.precision for job in jobs}
 
-    assert chosen("9.0")["transformer"] == "int8"
+    assert chosen("9.0")["transformer"] == "fp8"
+    assert chosen("8.6")["transformer"] == "int8"
     assert chosen("9.0")["vae_decoder"] == "fp32"
     assert chosen("7.0")["transformer"] == "fp32"
     with pytest.raises(EngineError, match=r"int8 needs .* 7\.5 or newer; this one has 7\.0"):

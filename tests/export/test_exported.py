@@ -43,7 +43,7 @@ def test_exported_equals_eager_at_other_sizes(exported, tiny_checkpoint, part, e
 @pytest.mark.parametrize(("precision", "engine"), [("int8", OPENVINO), ("fp8", ORT)])
 def test_8_bits_are_near_and_not_equal(exported, tiny_checkpoint, precision, engine):
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    for part in ("text_encoder_2", "transformer", "classifier"):
+    for part in RECIPES[precision]:
         inputs = examples(checkpoint, part, SIZES[0])
         fp32, rounded = (
             load(exported, choose(exported, part, engine, level)).run(inputs)

@@ -112,7 +112,7 @@ def test_both_ends_stay_in_fp32_and_modulations_do_not(exported, precision):
 def test_numbers_are_the_nearest(fp32):
     model, seen = fp32
     before = {layer.name: layer.weight.const_value.numpy() for layer in layers(model)}
-    quantized(model, RECIPES["int8"]["transformer"], seen)
+    quantized(model, replace(RECIPES["int8"]["transformer"], smooth=None), seen)
     values = {v.name: v.const_value for v in model.graph.initializers.values()}
     name = "single_transformer_blocks.1.proj_mlp"
     numbers, scales = (values[f"{name}.weight{end}"].numpy() for end in ("_in8", "_scale"))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from training import states
 from training.latents import Basis, orientations
 
 log = logging.getLogger(__name__)
@@ -90,11 +91,11 @@ def train(images: NDArray[np.uint8], basis: Basis, plan: Plan, file: Path) -> Au
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate, betas=(0.9, 0.99))
     step, seconds = 0, 0.0
     if file.is_file():
-        state = torch.load(file, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+        with states.reading(file, "delete it to train this stage again") as state:
+            model.load_state_dict(state["model"])
+            average.load_state_dict(state["average"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, seconds = state["step"], state["seconds"]
     random = np.random.default_rng(plan.seed + step)
     turned = orientations(images)
     started, saved = time.monotonic() - seconds, time.monotonic()
@@ -102,8 +103,7 @@ def train(images: NDArray[np.uint8], basis: Basis, plan: Plan, file: Path) -> Au
     def save() -> None:
         state = {"model": model.state_dict(), "average": average.state_dict(),
                  "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}  # fmt: skip
-        torch.save(state, file.with_suffix(".part"))
-        file.with_suffix(".part").replace(file)
+        states.write(file, state)
 
     losses: list[float] = []
     with tqdm(total=round(plan.hours * 3600), initial=round(seconds), unit="s", desc="vae") as bar:

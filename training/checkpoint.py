@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer
 
+from dermaflux import files
 from training import data
 from training.generator import Generator
 from training.words import save_clip, save_tokenizer
@@ -47,12 +49,29 @@ _SCHEDULER = {
 }
 
 
-def ingredients(samples: Iterable[data.Sample], used_for: str) -> list[dict[str, str]]:
-    """What a part saw, for `provenance.json`: one entry per source and licence."""
+# Data under these leaves the weights' licence to us; all but the first two are named beside it.
+_OPEN = frozenset({"CC0-1.0", "PDM", "CC-BY-4.0", "MIT", "Apache-2.0"})
+
+
+def licence(seen: Iterable[tuple[str, str]]) -> str:
+    """The licence of weights from the (source, licence) pairs that they saw.
+
+    Apache-2.0 where all of the data is open, its attribution standing with the ingredients; else
+    the first licence that is not, for what it asks of the data is not ours to lift.
+    """
+    pairs = sorted(seen)
+    for source, name in pairs:
+        if not name.strip():
+            return f"unknown: {source or 'the data'} states no licence"
+    return next((name for _, name in pairs if name not in _OPEN), "Apache-2.0")
+
+
+def ingredients(seen: Iterable[tuple[str, str]], used_for: str) -> list[dict[str, str]]:
+    """What a part saw, for `provenance.json`: one entry per (source, licence)."""
     return [
         {"name": f"{source}, training split", "kind": "data", "licence": licence,
          "attribution": source, "used_for": used_for}
-        for source, licence in data.licences(samples)
+        for source, licence in seen
     ]  # fmt: skip
 
 
@@ -65,19 +84,36 @@ def kept_ingredients(folder: Path, used_for: str) -> list[dict[str, str]]:
     return [item for item in found if item.get("used_for") == used_for]
 
 
-def add_classifier(folder: Path, samples: Iterable[data.Sample], licence: str) -> None:
+def add_classifier(folder: Path, seen: Sequence[tuple[str, str]]) -> None:
     """Name what the classifier in `folder/classifier` saw in `folder/provenance.json`, if any."""
     file = folder / "provenance.json"
     if not file.is_file():
         return
     provenance = json.loads(file.read_text())
-    weights = {"name": "classifier weights", "kind": "weights", "licence": licence,
+    weights = {"name": "classifier weights", "kind": "weights", "licence": licence(seen),
                "attribution": "trained from random weights", "used_for": "classifier"}  # fmt: skip
     others = [i for i in provenance.get("ingredients", []) if i.get("used_for") != "classifier"]
-    provenance["ingredients"] = [*others, weights, *ingredients(samples, "classifier")]
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(provenance, indent=2) + "\n")
-    part.replace(file)
+    provenance["ingredients"] = [*others, weights, *ingredients(seen, "classifier")]
+    files.write(file, (json.dumps(provenance, indent=2) + "\n").encode())
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """How the generator of a checkpoint was trained: `training` of its `provenance.json`.
+
+    Raises:
+        DatasetError: the checkpoint does not say, as only those of `training.mini` do.
+    """
+    file = folder / "provenance.json"
+    try:
+        stated = json.loads(file.read_text(encoding="utf-8"))["training"]
+        if isinstance(stated["architecture"], dict) and isinstance(stated["phases"], dict):
+            return dict(stated)
+        raise TypeError("training.architecture and training.phases are no objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise data.DatasetError(
+            f"{file} does not say how the generator was trained ({type(error).__name__}: {error}); "
+            "only checkpoints that python -m training.mini made can be reported on"
+        ) from error
 
 
 def write(

@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dermaflux import files
 from dermaflux.prompt import LABELS
 from training import data
+from training.states import History
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
 
@@ -102,12 +104,23 @@ def shift_logit(model: nn.Module, shift: float) -> None:
         model.get_classifier().bias[LABELS.index("malignant")] += shift  # type: ignore[operator]
 
 
+def as_shipped(model: nn.Module) -> None:
+    """Round the weights to float16 and back: what is scored is what `save` writes."""
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.copy_(value.half())
+
+
 def save(
     model: nn.Module, recipe: Recipe, calibration: dict[str, Any], figures: dict[str, Any],
-    seen: list[data.Sample], out: Path,
+    history: History, out: Path,
 ) -> None:  # fmt: skip
-    """Write `config.json`, `model.safetensors` (float16) and `report.json` into `out`."""
+    """Write `config.json`, `model.safetensors` (float16) and, last, `report.json` into `out`.
+
+    Each is there whole or not at all, and without a report the folder is not complete.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").unlink(missing_ok=True)
     weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     save_file(weights, out / "model.part", metadata={"format": "pt"})
     config = {
@@ -130,13 +143,14 @@ def save(
         },
         "dermaflux": {name: calibration[name] for name in ("temperature", "threshold", "abstain")},
     }
-    licences = [{"source": s, "licence": licence} for s, licence in data.licences(seen)]
-    document = {"recipe": asdict(recipe), "saw": licences, "calibration": calibration,
+    described = history.document()
+    document = {"recipe": asdict(recipe), "saw": described["saw"],
+                "started_from": described["started_from"], "calibration": calibration,
                 "test": figures}  # fmt: skip
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "report.json").write_text(json.dumps(document, indent=2) + "\n")
+    files.write(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     (out / "model.part").chmod(0o644)  # safetensors makes its files their owner's alone
     (out / "model.part").replace(out / "model.safetensors")
+    files.write(out / "report.json", (json.dumps(document, indent=2) + "\n").encode())
 
 
 def load(folder: Path) -> nn.Module:
@@ -152,7 +166,15 @@ def load(folder: Path) -> nn.Module:
         )
         weights = load_file(folder / "model.safetensors")
         model.load_state_dict({name: value.float() for name, value in weights.items()})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        SafetensorError,
+    ) as error:
         raise data.DatasetError(
             f"{folder} holds no classifier that can be read ({error}); "
             f"make one with: python -m training.vit --data DATASET --out {folder}"

@@ -71,33 +71,43 @@ def read(folder: Path, split: str | None = None) -> list[Sample]:
     Raises:
         DatasetError: no metadata file, a missing column, an unknown word, or no sample left.
     """
-    if (folder / "metadata.jsonl").is_file():
-        with (folder / "metadata.jsonl").open(encoding="utf-8") as lines:
-            samples = [
-                _from_json(folder, line, number)
-                for number, line in enumerate(lines, 1)
-                if line.strip()
-            ]
-    elif (folder / "metadata.csv").is_file():
-        with (folder / "metadata.csv").open(encoding="utf-8", newline="") as lines:
-            samples = [
-                _from_csv(folder, row, number)
-                for number, row in enumerate(csv.DictReader(lines), 2)
-            ]
-    else:
-        raise DatasetError(
-            f"{folder} is no dataset: it has neither metadata.jsonl nor metadata.csv; "
-            "give the folder that holds one of them"
-        )
+    try:
+        samples = _rows(folder)
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{folder}: its metadata is not UTF-8 ({error}); save it so") from error
+    except csv.Error as error:
+        raise DatasetError(f"{folder}/metadata.csv is no CSV: {error}") from error
     samples = [sample for sample in samples if split is None or sample.split == split]
     if not samples:
         raise DatasetError(f"{folder} has no sample in split {split!r}")
     return samples
 
 
+def _rows(folder: Path) -> list[Sample]:
+    if (folder / "metadata.jsonl").is_file():
+        with (folder / "metadata.jsonl").open(encoding="utf-8") as lines:
+            return [
+                _from_json(folder, line, number)
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
+    if (folder / "metadata.csv").is_file():
+        with (folder / "metadata.csv").open(encoding="utf-8", newline="") as lines:
+            return [
+                _from_csv(folder, row, number)
+                for number, row in enumerate(csv.DictReader(lines), 2)
+            ]
+    raise DatasetError(
+        f"{folder} is no dataset: it has neither metadata.jsonl nor metadata.csv; "
+        "give the folder that holds one of them"
+    )
+
+
 def _from_json(folder: Path, line: str, number: int) -> Sample:
     try:
-        row: dict[str, object] = json.loads(line)
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"needs an object, not {line.strip()[:40]}")
         lesion = Lesion.from_mapping(
             {name: row.get(name) for name in Lesion.__dataclass_fields__ if row.get(name)}
         )
@@ -115,6 +125,9 @@ def _from_json(folder: Path, line: str, number: int) -> Sample:
 
 def _from_csv(folder: Path, row: dict[str, str], number: int) -> Sample:
     try:
+        if None in row.values():
+            raise ValueError(f"ends after {sum(v is not None for v in row.values())} fields; "
+                             f"the header has {len(row)}")  # fmt: skip
         diagnosis = _DIAGNOSES.get(row["diagnosis"], row["diagnosis"])
         lesion = Lesion(
             label=row["label"],
@@ -196,3 +209,14 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def count(text: str) -> int:
+    """A whole number above 0, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: it is another text.
+    """
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from dermaflux import flow
 from dermaflux.engines import eager
 from dermaflux.pipeline import Pipeline
-from training import data, generator
+from training import data, generator, states
 from training.figures import Figure, Floats, Pixels, interval, resampled
 
 GOAL: Final = 0.5
@@ -32,16 +32,14 @@ def teacher_of(file: Path, checkpoint: Path, settings: Mapping[str, Any]) -> gen
     `settings` is its architecture as `provenance.json` has it.
 
     Raises:
-        DatasetError: the file is missing, or of another training run.
+        DatasetError: the file is missing, no state, or of another training run.
     """
     if not file.is_file():
         raise data.DatasetError(f"{file} is missing")
     known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    teacher = generator.Generator(generator.Architecture(**known))
-    try:
-        teacher.load_state_dict(torch.load(file, weights_only=True)["average"])
-    except RuntimeError as error:
-        raise data.DatasetError(f"{file} is of another architecture") from error
+    with states.reading(file, f"{checkpoint} was made from another") as state:
+        teacher = generator.Generator(generator.Architecture(**known))
+        teacher.load_state_dict(state["average"])
     # Distilling leaves the text encoders as they were, so they tell whose teacher it is.
     for part, kind, mine in (
         ("text_encoder", CLIPTextModel, teacher.clip),

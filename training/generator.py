@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, T5EncoderModel
 
+from training import states
 from training.words import clip_encoder, t5_encoder, token_ids
 
 log = logging.getLogger(__name__)
 
 GUIDANCE_RANGE = (1.0, 6.0)
 PARALLEL = 0.0
+RESUME = "delete it to train this stage again, or give another --work"
 
 
 @dataclass(frozen=True)
@@ -170,19 +172,19 @@ class _Run:
             "seconds": self.seconds,
             "losses": self.losses,
         }
-        part = file.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(file)
+        states.write(file, state)
 
     def resume(self, file: Path) -> None:
         if not file.is_file():
             return
-        state = torch.load(file, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+        with states.reading(file, RESUME) as state:
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.seconds, self.losses = (
+                state[name] for name in ("step", "seconds", "losses")
+            )
         log.info("resumed %s at step %d, %.0f s in", file, self.step, self.seconds)
 
 
@@ -321,8 +323,9 @@ def guided(teacher: Generator, hidden: Tensor, pooled: Tensor, noisy: Tensor, si
 
     Plain guidance, v(empty) + w (v(text) - v(empty)), mostly raises the contrast of what is already
     there: skin burns to white. What of the difference is parallel to the picture predicted from
-    `noisy` counts by `parallel` only (Sadat et al., arXiv 2410.02416; without its momentum, which
-    has no place in one forward). At weight 1 it is the velocity with the text.
+    `noisy` counts by `parallel` only (Sadat et al., arXiv 2410.02416; its momentum, which has no
+    place in one forward, and its rescaling of the difference's norm are left out). At weight 1 it
+    is the velocity with the text.
     """
     count = len(noisy)
     nothing_hidden = empty[0].expand(count, -1, -1)

@@ -40,10 +40,17 @@ class Judge:
             DatasetError: there is none; the message names the command that makes one.
         """
         model = classifier.load(folder)
-        size = json.loads((folder / "config.json").read_text())["pretrained_cfg"]["input_size"][1]
-        saw = json.loads((folder / "report.json").read_text())["saw"]
-        names = tuple(str(item["source"]) for item in saw)
-        return cls(model, int(size), fingerprint(folder, ("model.safetensors",)), names)
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            size = int(config["pretrained_cfg"]["input_size"][1])
+            saw = json.loads((folder / "report.json").read_text())["saw"]
+            names = tuple(str(item["source"]) for item in saw)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise data.DatasetError(
+                f"{folder} is no whole classifier ({type(error).__name__}: {error}); make it again "
+                f"with: python -m training.vit --data DATASET --out {folder}"
+            ) from error
+        return cls(model, size, fingerprint(folder, ("model.safetensors",)), names)
 
     def features(self, images: Pixels) -> Floats:
         """[N, S, S, 3] -> [N, D], what the last layer sees."""
@@ -54,6 +61,8 @@ class Judge:
         logits = classifier.logits_of(self.model, _resized(images, self.size))
         return np.asarray(logits[:, 1] - logits[:, 0])
 
+
+_ABOVE = "a ratio above 1 says that the generator exaggerates what the judge uses"
 
 Scored = tuple[Floats, NDArray[np.bool_]]
 """Scores [N] of images, and which of them are, or were asked for as, malignant [N]."""
@@ -90,7 +99,7 @@ def label_figures(real: Scored, generated: Mapping[str, Scored]) -> list[Figure]
                 None if blind else interval(ratio),
                 0.9,
                 beside={"AUC": value},
-                note="the judge is no better than chance on real images" if blind else "",
+                note="the judge is no better than chance on real images" if blind else _ABOVE,
             )
         )
     return lines

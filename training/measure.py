@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,12 +26,13 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from dermaflux import attributes, files
-from dermaflux.images import MIN_SIDE
+from dermaflux.errors import DermaFluxError
 from dermaflux.prompt import COLORS
 from training import data
 
 NUMBERS = ("area", "diameter", "asymmetry", "compactness", "touch", "contrast")
 PIXELS = 250  # of each picture that the models are fitted to; neighbours say the same
+SIZES = (32, 1024)  # pixels a side: below, a lesion is a few of them; above, nothing is gained
 _STEPS = (0.8, 0.9, 0.93, 0.95, 0.96, 0.97, 0.98, 0.99)
 _CLEAR = 0.03  # of the picture; experts' outlines leave some of the lesion's colour outside
 _SKIN_SIDE = 0.3  # of the picture; smaller squares of bare skin are left out of the check
@@ -126,11 +128,19 @@ def fit(
 
     `certainty` is what CERTAIN is chosen by: for several values, the share of lesions that would
     be kept and of squares of bare skin, cut from beside them, that would be taken for one.
+
+    Raises:
+        data.DatasetError: the masks, shrunk, are all empty or all full.
     """
     random = np.random.default_rng(seed)
     pixels = [random.choice(attributes.SIDE**2, PIXELS, replace=False) for _ in images]
     small = [_shrink(mask) for mask in masks]
     inside = np.concatenate([m.ravel()[chosen] for m, chosen in zip(small, pixels, strict=True)])
+    if inside.all() or not inside.any():
+        raise data.DatasetError(
+            f"the {len(masks)} masks are all {'full' if inside.all() else 'empty'}; a fit needs "
+            "pixels inside and outside of lesions: check the files of the column 'mask'"
+        )
     views = [attributes.look(image) for image in tqdm(images, unit="picture")]
 
     def model(features: Iterator[attributes.Floats]) -> tuple[float, ...]:
@@ -231,14 +241,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--fit", action="store_true", help="fit the models of segment instead")
     options = Measure(**vars(parser.parse_args(arguments)))
-    if options.size < MIN_SIDE:
-        parser.error(f"--size is {options.size}; use at least {MIN_SIDE} pixels")
+    if not SIZES[0] <= options.size <= SIZES[1]:
+        parser.error(f"--size is {options.size}; use {SIZES[0]} to {SIZES[1]} pixels")
+    if options.out and (options.out.is_dir() or not os.access(options.out.parent, os.W_OK)):
+        parser.error(f"--out {options.out} cannot be written; give a file in an existing folder")
     try:
         text = json.dumps(run(options), indent=2) + "\n"
-    except data.DatasetError as error:
+        if options.out:
+            files.write(options.out, text.encode())
+    except (DermaFluxError, OSError) as error:
         parser.error(str(error))
-    if options.out:
-        files.write(options.out, text.encode())
     print(text, end="")
 
 

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,8 @@ from torch.multiprocessing.spawn import spawn
 from dermaflux import files
 from dermaflux.errors import DermaFluxError
 from dermaflux.prompt import WORDING, Lesion, caption
-from training import autoencoder, checkpoint, data, generator, latents, report
+from training import autoencoder, checkpoint, data, generator, latents, report, states
+from training.drawing import fingerprint
 from training.words import train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -169,6 +171,11 @@ def train_generator(
 ) -> None:  # fmt: skip
     """Run the generator's phases to the end of their hours, on all processes."""
     (work / "rendezvous").unlink(missing_ok=True)
+    for name in ("generator", "distilled"):
+        if (file := work / f"{name}.pt").is_file():
+            # Here and not only in the processes, of which an error comes back with a traceback.
+            with states.reading(file, generator.RESUME) as state:
+                _ = [state[key] for key in ("model", "average", "optimizers", "step", "seconds")]
     arguments = (seen, architecture, plan, work)
     if plan.processes > 1:
         spawn(_generator_stages, arguments, nprocs=plan.processes)
@@ -190,14 +197,15 @@ def finished(
     for phase, name in (("first", "generator"), ("distilled", "distilled")):
         if not (work / f"{name}.pt").is_file():
             raise data.DatasetError(f"{work}/{name}.pt is missing: train it without --stage first")
-        state = torch.load(work / f"{name}.pt", weights_only=True)
-        target = model if phase == "first" else model.transformer
-        target.load_state_dict(state["average"])
-        phases[phase] = {
-            "steps": state["step"],
-            "seconds": round(state["seconds"]),
-            "loss": round(float(np.mean(state["losses"][-200:])), 4),
-        }
+        with states.reading(work / f"{name}.pt", generator.RESUME) as state:
+            target = model if phase == "first" else model.transformer
+            target.load_state_dict(state["average"])
+            phases[phase] = {
+                "steps": state["step"],
+                "seconds": round(state["seconds"]),
+                "loss": round(float(np.mean(state["losses"][-200:])), 4),
+            }
+    seen = data.licences(prepared.samples)
     vae = autoencoder.train(prepared.images, prepared.basis, drawing, work / "autoencoder.pt")
     provenance: dict[str, object] = {
         "name": "mini",
@@ -206,9 +214,9 @@ def finished(
         "wording": WORDING,
         "defaults": {"steps": STEPS, "guidance": GUIDANCE, "height": SIZE, "width": SIZE,
                      "text_length": architecture.text_length},
-        "licence": "Apache-2.0",
+        "licence": checkpoint.licence(seen),
         "ingredients": [
-            *checkpoint.ingredients(prepared.samples, "generator, autoencoder"),
+            *checkpoint.ingredients(seen, "generator, autoencoder"),
             *checkpoint.kept_ingredients(out, "classifier"),
         ],
         "training": {
@@ -273,11 +281,17 @@ def evaluate(prepared: Prepared, folder: Path, out: Path) -> dict[str, object]:
 
 def _known(prepared: Prepared, folder: Path, out: Path) -> dict[str, object]:
     """`evaluate`, and how the generator was trained."""
-    provenance = json.loads((out / "provenance.json").read_text())
-    return {
-        **evaluate(prepared, folder, out),
-        "generator": provenance["training"]["phases"],
-    }
+    phases = checkpoint.trained(out)["phases"]
+    return {**evaluate(prepared, folder, out), "generator": phases}
+
+
+def write_figures(figures: Mapping[str, object], out: Path) -> None:
+    """Write the checkpoint's `report.json`; an earlier report of the same weights is kept in it."""
+    weights = fingerprint(out)
+    before = report.earlier(out)
+    kept = before if before.get("weights") == weights else {}
+    document = {**kept, **figures, "weights": weights}
+    files.write(out / "report.json", (json.dumps(document, indent=2) + "\n").encode())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -295,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--distill-hours", type=data.positive, default=generator.Schedule.distill_hours
     )
     parser.add_argument("--autoencoder-hours", type=data.positive, default=autoencoder.Plan.hours)
-    parser.add_argument("--processes", type=int, default=generator.Schedule.processes)
+    parser.add_argument("--processes", type=data.count, default=generator.Schedule.processes)
     parser.add_argument("--report", action="store_true", help="measure --out, train nothing")
     parser.add_argument("--judge", type=Path, default=Path("runs/mini/judge"),
                         help="classifier trained on the same dataset alone")  # fmt: skip
@@ -333,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.stage in ("all", "assemble"):
             figures = _known(prepared, options.data, options.out)
             draw_sheet(options.out, options.sheet)
-            (options.out / "report.json").write_text(json.dumps(figures, indent=2) + "\n")
+            write_figures(figures, options.out)
             print(json.dumps({"out": str(options.out), **figures}))
     except (DermaFluxError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
@@ -103,7 +103,9 @@ def others(matrix: Floats) -> Floats:
 def kid_figures(synthetic: Floats, test: Floats, others: Floats) -> list[Figure]:
     """KID of features [N, D] to those of real test images, beside that of `others`, real as well.
 
-    The goal is three times real to real, in the units of the real test images' features.
+    The goal is three times real to real, in the units of the real test images' features. Those
+    others are of other splits, which need not be one distribution with the test split: how far
+    random halves of the test split alone are apart stands beside.
     """
     random = np.random.default_rng(0)
     mine, real, rest = (standardized(some, test) for some in (synthetic, test, others))
@@ -114,24 +116,27 @@ def kid_figures(synthetic: Floats, test: Floats, others: Floats) -> list[Figure]
         order = random.permutation(len(real))
         halves.append(float(kid(real[order[::2]], real[order[1::2]])[0]))
     value = float(kid(mine, real)[0])
+    draws, real_draws = kid(mine, real, of_mine, of_real), kid(rest, real, of_rest, of_real)
+    between = {"between random halves of the real test images": float(np.mean(halves))}
     return [
         Figure(
             "kid",
-            "KID to real test images (goal: 3 times real to real)",
+            "KID to real test images (goal: 3 times that of real images of other splits)",
             value,
             len(mine),
-            interval(kid(mine, real, of_mine, of_real)),
+            interval(draws),
             3 * among_real,
             "at most",
             # An unbiased estimate near 0 may be negative; then there is no ratio.
-            {"times real to real": value / among_real if among_real > 0 else None},
+            {"times real to real": value / among_real if among_real > 0 else None, **between},
         ),
         Figure(
             "kid.real",
-            "KID of real images of other lesions to real test images",
+            "KID of real images of other splits to real test images; the splits differ",
             among_real,
             len(rest),
-            interval(kid(rest, real, of_rest, of_real)),
+            interval(real_draws),
+            beside=between,
         ),
         Figure(
             "kid.halves",
@@ -140,7 +145,23 @@ def kid_figures(synthetic: Floats, test: Floats, others: Floats) -> list[Figure]
             len(real) // 2,
             interval(np.array(halves)),
         ),
+        _ratio(value, among_real, draws, real_draws, len(mine), between),
     ]
+
+
+def _ratio(
+    value: float, reference: float, draws: Floats, reference_draws: Floats, count: int,
+    beside: Mapping[str, float | None],
+) -> Figure:  # fmt: skip
+    """KID over that of a reference, both drawn with the same test images."""
+    what = "KID to real test images, over that of a reference whose splits differ"
+    # A draw at or below 0 has no ratio; many of them, and the interval has no upper end.
+    clear = reference > 0 and float(np.mean(reference_draws <= 0)) < 0.025
+    if not clear:
+        note = "the reference is within its own error of 0: no ratio"
+        return Figure("kid.ratio", what, None, count, beside=beside, note=note)
+    ratios = draws / np.where(reference_draws > 0, reference_draws, np.nan)
+    return Figure("kid.ratio", what, value / reference, count, interval(ratios), beside=beside)
 
 
 def first_figure(older: Floats, test: Floats) -> Figure:

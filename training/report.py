@@ -23,7 +23,7 @@ import numpy as np
 from dermaflux import attributes, files
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import LABELS, Lesion, caption
-from training import data, distillation, obedience, realism
+from training import checkpoint, data, distillation, obedience, realism
 from training.drawing import Asked, fingerprint, sampled
 from training.figures import Figure, Pixels, kept, table
 from training.generator import GUIDANCE_RANGE
@@ -78,6 +78,8 @@ class _Held:
     of: list[data.Sample]  # whose captions were drawn from
     described: Pixels  # one image for each of `of`
     asked: Asked  # the captions and seeds of those
+    architecture: Mapping[str, Any]  # the generator's
+    first: Pipeline | None  # older weights
 
 
 def make(plan: Plan, known: Mapping[str, Any]) -> str:
@@ -119,15 +121,24 @@ def _draw(plan: Plan) -> _Held:
     guidance = pipeline.defaults.guidance
     if guidance is None:
         raise data.DatasetError(f"{plan.checkpoint} takes no guidance, which this report varies")
+    architecture = checkpoint.trained(plan.checkpoint)["architecture"]
+    first = None if plan.first is None else Pipeline.from_checkpoint(plan.first)
+    earlier(plan.checkpoint)
     weights = fingerprint(plan.checkpoint)
     folder = plan.work / "report" / weights
     test = data.read(plan.dataset, "test")
+    if len(labels := {sample.lesion.label for sample in test}) < len(LABELS):
+        raise data.DatasetError(
+            f"{plan.dataset} has {', '.join(map(str, labels))} lesions alone in split 'test'; the "
+            f"judge needs both {' and '.join(LABELS)} to be measured itself"
+        )
     rows = _some(len(test), plan.captions)
     asked = [(caption(test[row].lesion), row) for row in rows]
     return _Held(
         pipeline, weights, guidance, folder, test,
         data.load_images(test, pipeline.defaults.height),
         [test[row] for row in rows], sampled(pipeline, asked, folder), asked,
+        architecture, first,
     )  # fmt: skip
 
 
@@ -197,11 +208,10 @@ def _obedience(plan: Plan, held: _Held) -> list[Figure]:
 
 def _distilled(plan: Plan, held: _Held, levels: Sequence[float]) -> Figure:
     """Against the teacher, where the work folder has it; else as the present report has it."""
-    provenance = json.loads((plan.checkpoint / "provenance.json").read_text())
     rows = _some(len(held.test), 2 * plan.samples)
     try:
         teacher = distillation.teacher_of(
-            plan.work / "generator.pt", plan.checkpoint, provenance["training"]["architecture"]
+            plan.work / "generator.pt", plan.checkpoint, held.architecture
         )
     except data.DatasetError as error:
         missing = Figure(
@@ -217,15 +227,28 @@ def _distilled(plan: Plan, held: _Held, levels: Sequence[float]) -> Figure:
 
 def _from_before(plan: Plan, figure: Figure, part: str, weights: str) -> Figure:
     """The present report's numbers for a figure, where its `part` has the same weights."""
-    file = plan.checkpoint / "report.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = earlier(plan.checkpoint)
     stated = before.get(part)
     if weights != (stated["weights"] if isinstance(stated, dict) else stated):
         return figure
-    for document in before["figures"]:
+    for document in before.get("figures", []):
         if document["key"] == figure.key and document["value"] is not None:
             return kept(document, figure, "kept from an earlier report")
     return figure
+
+
+def earlier(folder: Path) -> dict[str, Any]:
+    """The report that a checkpoint has, or an empty one.
+
+    Raises:
+        DatasetError: it cannot be read.
+    """
+    file = folder / "report.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return dict(found)
+    except (OSError, ValueError, TypeError) as error:
+        raise data.DatasetError(f"{file} is no report ({error}); delete it") from error
 
 
 def _likeness(plan: Plan, held: _Held, judge: Judge) -> list[Figure]:
@@ -238,12 +261,13 @@ def _likeness(plan: Plan, held: _Held, judge: Judge) -> list[Figure]:
         judge.features(held.described), features, judge.features(data.load_images(rest, side))
     )
     first = Figure("kid.first", realism.FIRST, None, 0, note="no older checkpoint was given")
-    if plan.first is None:
+    if plan.first is None or held.first is None:
         first = _from_before(plan, first, "judge", judge.weights)
     else:
-        older = Pipeline.from_checkpoint(plan.first)
         folder = plan.work / "report" / fingerprint(plan.first)
-        first = realism.first_figure(judge.features(sampled(older, held.asked, folder)), features)
+        first = realism.first_figure(
+            judge.features(sampled(held.first, held.asked, folder)), features
+        )
     seen = data.load_images([s for s in others if s.split == "train"], side)
     spaces = {"pixels": realism.thumbnails, "features": lambda x: realism.unit(judge.features(x))}
     return [

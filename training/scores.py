@@ -6,6 +6,7 @@ lesion is painted over. A classifier that separates those has learnt where pictu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,21 +46,40 @@ def calibrate(
 ) -> dict[str, Any]:
     """Threshold and abstention band from the validation split, with the temperature `scale`.
 
-    The threshold is the highest that keeps `recipe.sensitivity` of the malignant lesions. The band
+    The threshold is the highest that keeps `recipe.sensitivity` of the malignant lesions, rounded
+    down to four digits; `validation` states what the written numbers give. The band
     holds the images nearest to it in rank, half on either side, so that `recipe.coverage` of the
     validation images get an answer.
     """
+    scale = round(scale, 4)
     p = probabilities(logits, scale)
     threshold = float(np.quantile(p[labels == 1], 1 - recipe.sensitivity, method="lower"))
     at = float(np.mean(p < threshold))
     half = (1 - recipe.coverage) / 2
     low = float(np.quantile(p, max(at - half, 0.0)))
     high = float(np.quantile(p, min(at + half, 1.0)))
+    # Rounded outwards: a threshold rounded up would lose the very lesion that it was set by.
+    written = math.floor(threshold * 10_000) / 10_000
+    called = p >= written
     return {
-        "temperature": round(scale, 4),
-        "threshold": round(threshold, 4),
-        "abstain": [round(min(low, threshold), 4), round(max(high, threshold), 4)],
+        "temperature": scale,
+        "threshold": written,
+        "abstain": [
+            math.floor(min(low, written) * 10_000) / 10_000,
+            math.ceil(max(high, threshold) * 10_000) / 10_000,
+        ],
+        "validation": {
+            "sensitivity": share(called[labels == 1]),
+            "specificity": share(~called[labels == 0]),
+            "images": len(p),
+            "malignant": int(labels.sum()),
+        },
     }
+
+
+def share(chosen: NDArray[np.bool_]) -> float | None:
+    """How many of [N] are true, to four digits; None of nothing."""
+    return round(float(chosen.mean()), 4) if len(chosen) else None
 
 
 def calibration_error(p: NDArray[np.float64], labels: NDArray[np.int64], bins: int = 10) -> float:
@@ -74,7 +94,11 @@ def calibration_error(p: NDArray[np.float64], labels: NDArray[np.int64], bins: i
 
 
 def auc(p: NDArray[np.float64], labels: NDArray[np.int64], draws: int = 1000) -> dict[str, Any]:
-    """ROC-AUC with a 95 % bootstrap interval."""
+    """ROC-AUC with a 95 % bootstrap interval; both None, with a note, without both classes."""
+    counts = {"images": len(p), "malignant": int(labels.sum())}
+    if not 0 < counts["malignant"] < counts["images"]:
+        note = "images of one class only: no AUC" if len(p) else "no images"
+        return {"auc": None, "interval": None, **counts, "note": note}
     random = np.random.default_rng(0)
     values: list[float] = []
     while len(values) < draws:
@@ -84,8 +108,7 @@ def auc(p: NDArray[np.float64], labels: NDArray[np.int64], draws: int = 1000) ->
     return {
         "auc": round(float(roc_auc_score(labels, p)), 4),
         "interval": [round(float(v), 4) for v in np.quantile(values, (0.025, 0.975))],
-        "images": len(p),
-        "malignant": int(labels.sum()),
+        **counts,
     }
 
 
@@ -102,18 +125,24 @@ def border_only(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return kept
 
 
-def lesion_masked(images: NDArray[np.uint8], samples: list[data.Sample]) -> NDArray[np.uint8]:
-    """Paint every lesion, a little beyond its mask, in the colour of the skin around it."""
-    painted = images.copy()
-    for image, sample in zip(painted, samples, strict=True):
+def lesion_masked(
+    images: NDArray[np.uint8], samples: list[data.Sample]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Paint every lesion, a little beyond its mask, in the colour of the skin around it.
+
+    Returns the pictures, and which were painted, [N]: those with a mask that leaves skin around.
+    """
+    painted, done = images.copy(), np.zeros(len(images), bool)
+    for row, (image, sample) in enumerate(zip(painted, samples, strict=True)):
         if sample.mask is None:
             continue
         with Image.open(sample.mask) as mask:
             grown = mask.convert("L").resize(image.shape[1::-1]).filter(ImageFilter.MaxFilter(7))
         inside = np.asarray(grown) > 127
-        if not inside.all():
+        if inside.any() and not inside.all():
             image[inside] = np.median(image[~inside], axis=0)
-    return painted
+            done[row] = True
+    return painted, done
 
 
 def report(
@@ -122,7 +151,8 @@ def report(
 ) -> dict[str, Any]:  # fmt: skip
     """Every figure of the test splits, with the controls that tell lesion from camera.
 
-    `logits_of` takes pictures [N, size, size, 3] and gives logits [N, 2].
+    `logits_of` takes pictures [N, size, size, 3] and gives logits [N, 2]. The control with painted
+    lesions is over the images that have a mask; every AUC states how many images it is over.
     """
     results: dict[str, Any] = {}
     for source in sorted({s.source for s in test}):
@@ -136,9 +166,9 @@ def report(
         answered = (p < low) | (p >= high)
         figures: dict[str, Any] = {
             "whole": auc(p, labels),
-            "sensitivity": round(float(called[labels == 1].mean()), 4),
-            "specificity": round(float(1 - called[labels == 0].mean()), 4),
-            "answered": round(float(answered.mean()), 4),
+            "sensitivity": share(called[labels == 1]),
+            "specificity": share(~called[labels == 0]),
+            "answered": share(answered),
             "calibration_error_uncalibrated": round(
                 calibration_error(probabilities(logits - [0, calibration["shift"]], 1.0), labels), 4
             ),
@@ -148,12 +178,13 @@ def report(
         if any(s.confirmed for s in chosen):
             subsets["histology_"] = np.array([s.confirmed == "histo" for s in chosen])
             figures["histology"] = auc(p[subsets["histology_"]], labels[subsets["histology_"]])
-        for control, changed in (
-            ("border_only", border_only(images)),
+        everywhere = np.ones(len(chosen), bool)
+        for control, (changed, usable) in (
+            ("border_only", (border_only(images), everywhere)),
             ("lesion_masked", lesion_masked(images, chosen)),
         ):
             q = probabilities(logits_of(changed), 1.0)
             for name, rows in subsets.items():
-                figures[name + control] = auc(q[rows], labels[rows])
+                figures[name + control] = auc(q[rows & usable], labels[rows & usable])
         results[source] = figures
     return results

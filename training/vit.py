@@ -7,7 +7,8 @@ Writes timm's own layout, `config.json` and `model.safetensors`, with the calibr
 `report.json`. Batches are balanced over (source, how the label is known, label), since follow-up
 images are all benign and come from other cameras: unbalanced, a model learns the camera. With
 `--work FILE` the run is saved there every few minutes, and taken up again; `--start FILE` begins
-with the weights of another run.
+with the weights of another run, and the report names what those saw as well. All that can be
+refused is refused before the training.
 """
 
 from __future__ import annotations
@@ -28,6 +29,36 @@ from training import classifier, data, scores, supervise
 from training.checkpoint import add_classifier
 from training.classifier import Recipe
 
+Splits = dict[str, list[data.Sample]]
+
+
+def check(everything: list[data.Sample], recipe: Recipe, out: Path, work: Path | None) -> Splits:
+    """The three splits, when all that a run needs after its training is there.
+
+    Raises:
+        DatasetError: a split is empty, training or validation lack a class, a picture or mask of
+            validation or test cannot be read, or `out` or `work` cannot be written.
+    """
+    splits = {name: [s for s in everything if s.split == name] for name in ("train", "val", "test")}
+    if missing := [name for name, samples in splits.items() if not samples]:
+        raise data.DatasetError(f"no sample in split {', '.join(missing)}")
+    for name in ("train", "val"):
+        counts = {label: sum(s.lesion.label == label for s in splits[name]) for label in LABELS}
+        if lacking := [label for label, count in counts.items() if not count]:
+            raise data.DatasetError(
+                f"split {name} has no {lacking[0]} lesion among its {len(splits[name])}; training "
+                f"and calibration need both {' and '.join(LABELS)}"
+            )
+    for folder in (out, *out.parents):
+        if folder.exists() and not folder.is_dir():
+            raise data.DatasetError(f"--out {out}: {folder} is a file; give a folder")
+    if work is not None and work.is_dir():
+        raise data.DatasetError(f"--work {work} is a folder; give a file, such as {work}/vit.pt")
+    for sample in (*splits["val"], *splits["test"]):
+        data.load_mask(sample, recipe.size)
+    data.load_images(splits["test"], recipe.size)
+    return splits
+
 
 def run(
     everything: list[data.Sample], recipe: Recipe, out: Path, work: Path | None = None,
@@ -36,25 +67,24 @@ def run(
     """Train, calibrate, report and save; returns (calibration, the test splits' figures).
 
     Raises:
-        DatasetError: a split is empty, or a picture cannot be read.
+        DatasetError: what `check` and `supervise.train` refuse, or a picture cannot be read.
     """
-    splits = {name: [s for s in everything if s.split == name] for name in ("train", "val", "test")}
-    if missing := [name for name, samples in splits.items() if not samples]:
-        raise data.DatasetError(f"no sample in split {', '.join(missing)}")
-    model = supervise.train(splits["train"], recipe, work, start)
-    labels = np.array([LABELS.index(str(s.lesion.label)) for s in splits["val"]])
+    splits = check(everything, recipe, out, work)
+    supervise.check(splits["train"], recipe, work, start)
     validation = data.load_images(splits["val"], recipe.size)
+    model, history = supervise.train(splits["train"], recipe, work, start)
+    classifier.as_shipped(model)
+    labels = np.array([LABELS.index(str(s.lesion.label)) for s in splits["val"]])
     scale, shift = scores.platt(classifier.logits_of(model, validation), labels)
     classifier.shift_logit(model, shift)
+    classifier.as_shipped(model)
     logits = classifier.logits_of(model, validation)
     calibration = scores.calibrate(logits, labels, scale, recipe)
     calibration["shift"] = round(shift, 4)
     logits_of = partial(classifier.logits_of, model)
     figures = scores.report(logits_of, splits["test"], calibration, recipe.size)
-    classifier.save(model, recipe, calibration, figures, splits["train"], out)
-    # Weights that saw data for non-commercial use are for such use only.
-    limited = [name for _, name in data.licences(splits["train"]) if "NC" in name]
-    add_classifier(out.parent, splits["train"], (limited or ["Apache-2.0"])[0])
+    classifier.save(model, recipe, calibration, figures, history, out)
+    add_classifier(out.parent, history.saw)
     return calibration, figures
 
 
@@ -69,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--start", type=Path, help="another run's state, to begin from")
     parser.add_argument("--hours", type=data.positive, default=Recipe.hours)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--threads", type=int, default=Recipe.threads)
+    parser.add_argument("--threads", type=data.count, default=Recipe.threads)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     recipe = Recipe(hours=options.hours, threads=options.threads, seed=options.seed)

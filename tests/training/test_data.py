@@ -70,3 +70,19 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(data.DatasetError, match=r"a\.png"):
         data.load_images(data.read(tmp_path), 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.jsonl", b'["a.png"]\n', "line 1: needs an object"),
+        ("metadata.jsonl", b'{"file_name": "\xff"}\n', "not UTF-8"),
+        ("metadata.csv", b"image,label,diagnosis\na.png,benign\n", "line 2: ends after 2 fields"),
+    ],
+)
+def test_metadata_of_another_kind_is_said(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(data.DatasetError, match=said):
+        data.read(tmp_path)

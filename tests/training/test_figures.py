@@ -65,6 +65,18 @@ def test_kid_does_not_depend_on_the_units_of_features() -> None:
     assert plain[0].goal == pytest.approx(3 * (plain[1].value or 0))
 
 
+def test_the_ratio_of_distances_has_an_interval_where_the_reference_is_clear_of_zero() -> None:
+    random = _random()
+    mine, test, far = (random.normal(size=(80, 8)) + s for s in (1.5, 0, 1))
+    ratio = realism.kid_figures(mine, test, far)[-1]
+    assert ratio.interval is not None
+    assert ratio.value is not None
+    assert ratio.interval[0] < ratio.value < ratio.interval[1]
+    none = realism.kid_figures(mine, test, random.normal(size=(80, 8)))[-1]
+    assert (none.key, none.value, none.interval) == ("kid.ratio", None, None)
+    assert "error of 0" in none.note
+
+
 @pytest.fixture(scope="module")
 def pictures() -> figures.Pixels:
     return _random().integers(0, 256, (60, 32, 32, 3)).astype(np.uint8)

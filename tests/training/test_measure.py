@@ -107,3 +107,28 @@ def test_a_dataset_without_masks(dataset: Path) -> None:
         measure.run(measure.Measure(dataset))
     with pytest.raises(SystemExit):
         measure.main(["--data", str(dataset)])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--size", "31"], "use 32 to 1024"),
+        (["--size", "1025"], "use 32 to 1024"),
+        (["--out", "{folder}"], "cannot be written"),
+        (["--out", "{folder}/none/x.json"], "cannot be written"),
+    ],
+)
+def test_what_cannot_be_measured_or_kept_is_refused_before(
+    masked: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(measure, "run", lambda _: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        measure.main(["--data", str(masked), *(o.format(folder=masked) for o in options)])
+    assert said in capsys.readouterr().err
+
+
+def test_a_fit_to_empty_masks_is_refused() -> None:
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    with pytest.raises(data.DatasetError, match="masks are all empty"):
+        measure.fit(images, [np.zeros((64, 64), bool)] * 2)

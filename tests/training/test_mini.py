@@ -157,11 +157,33 @@ def test_provenance_names_what_each_part_saw(
         ("generator, autoencoder", "CC0-1.0")
     ]
     (tmp_path / "provenance.json").write_text(json.dumps(stated))
-    samples = data.read(dataset, "train")
-    for licence in ("Apache-2.0", "CC-BY-NC-4.0"):  # a classifier trained again replaces the first
-        checkpoint.add_classifier(tmp_path, samples, licence)
+    seen = data.licences(data.read(dataset, "train"))
+    other = [("other", "CC-BY-NC-4.0")]
+    for more in ([], other):  # a classifier trained again replaces the first
+        checkpoint.add_classifier(tmp_path, [*seen, *more])
     kept = checkpoint.kept_ingredients(tmp_path, "classifier")
-    assert [item["licence"] for item in kept] == ["CC-BY-NC-4.0", "CC0-1.0"]
+    assert [item["licence"] for item in kept] == ["CC-BY-NC-4.0", "CC0-1.0", "CC-BY-NC-4.0"]
+
+
+@pytest.mark.parametrize(
+    ("licences", "licence"),
+    [
+        (["CC0-1.0", "CC-BY-4.0"], "Apache-2.0"),
+        (["CC0-1.0", "CC-BY-NC-4.0"], "CC-BY-NC-4.0"),
+        (["CC-BY-SA-4.0", "CC0-1.0"], "CC-BY-SA-4.0"),
+        (["CC-BY-NC-4.0", " "], "unknown: source 1 states no licence"),
+    ],
+)
+def test_weights_are_no_freer_than_their_data(licences: list[str], licence: str) -> None:
+    seen = [(f"source {number}", name) for number, name in enumerate(licences)]
+    assert checkpoint.licence(seen) == licence
+
+
+@pytest.mark.parametrize("name", ["generator", "distilled"])
+def test_a_damaged_state_is_said(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.pt").write_bytes(b"PK")
+    with pytest.raises(data.DatasetError, match=f"{name}.pt cannot be used as a state"):
+        mini.train_generator(None, TINY, PLAN, tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "soon"])

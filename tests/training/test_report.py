@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dermaflux.errors import DermaFluxError
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import caption
 from training import (
@@ -20,7 +23,9 @@ from training import (
     drawing,
     generator,
     judge,
+    mini,
     report,
+    states,
     words,
 )  # fmt: skip
 
@@ -55,12 +60,16 @@ def weights(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     provenance = {
         "name": "tiny",
         "defaults": {"steps": 2, "guidance": 3.0, "height": 64, "width": 64, "text_length": 24},
-        "training": {"architecture": {**vars(TINY), "rope_axes": list(TINY.rope_axes)}},
+        "training": {
+            "architecture": {**vars(TINY), "rope_axes": list(TINY.rope_axes)},
+            "phases": {},
+        },
     }
     vae = autoencoder.build((8, 8, 8, 8))
     checkpoint.write(folder / "checkpoint", model, vae, clip, t5, provenance)
     calibration = {"temperature": 1.0, "threshold": 0.5, "abstain": [0.4, 0.6]}
-    classifier.save(classifier.build(RECIPE), RECIPE, calibration, {}, samples, folder / "judge")
+    history = states.History("judge", tuple(data.licences(samples)))
+    classifier.save(classifier.build(RECIPE), RECIPE, calibration, {}, history, folder / "judge")
     return folder
 
 
@@ -131,6 +140,9 @@ def test_a_teacher_of_other_weights_is_refused(weights: Path, tmp_path: Path) ->
     distillation.teacher_of(weights / "generator.pt", weights / "checkpoint", settings)
     with pytest.raises(data.DatasetError, match="another training run"):
         distillation.teacher_of(tmp_path / "other.pt", weights / "checkpoint", settings)
+    (tmp_path / "half.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:999])
+    with pytest.raises(data.DatasetError, match="cannot be used as a state"):
+        distillation.teacher_of(tmp_path / "half.pt", weights / "checkpoint", settings)
     with pytest.raises(data.DatasetError, match="is missing"):
         distillation.teacher_of(tmp_path / "none.pt", weights / "checkpoint", settings)
 
@@ -144,6 +156,7 @@ def test_labels_are_judged_against_the_judge_itself() -> None:
     )
     assert own.goal is None
     assert (clear.value, clear.met) == (1, True)
+    assert "exaggerates" in clear.note
     assert lost.value is not None
     assert lost.value < 0.75
     assert lost.met is False
@@ -157,3 +170,51 @@ def test_a_missing_judge_is_said(dataset: Path, weights: Path, tmp_path: Path) -
     plan = report.Plan(dataset, weights / "checkpoint", tmp_path / "judge", tmp_path)
     with pytest.raises(data.DatasetError, match=r"python -m training\.vit"):
         report.make(plan, KNOWN)
+
+
+def _copy(source: Path, target: Path, **changed: object) -> Path:
+    """A folder with the same files, and these JSON files in place of its own."""
+    shutil.copytree(source, target)
+    for name, content in changed.items():
+        (target / f"{name}.json").write_text(json.dumps(content))
+    return target
+
+
+def test_what_cannot_be_reported_on_is_refused_before_drawing(
+    dataset: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("drew an image")
+
+    monkeypatch.setattr(report, "sampled", never)
+    plan = report.Plan(dataset, weights / "checkpoint", weights / "judge", tmp_path, samples=2)
+    bad_judge = _copy(plan.judge, tmp_path / "judge", report=["saw"])
+    with pytest.raises(data.DatasetError, match="is no whole classifier"):
+        report.make(replace(plan, judge=bad_judge), KNOWN)
+    with pytest.raises(DermaFluxError, match="first"):
+        report.make(replace(plan, first=tmp_path / "first"), KNOWN)
+    provenance = json.loads((plan.checkpoint / "provenance.json").read_text())
+    del provenance["training"]
+    unknown = _copy(plan.checkpoint, tmp_path / "unknown", provenance=provenance)
+    with pytest.raises(data.DatasetError, match="does not say how the generator was trained"):
+        report.make(replace(plan, checkpoint=unknown), KNOWN)
+    lines = (dataset / "metadata.jsonl").read_text().splitlines(keepends=True)
+    one_class = tmp_path / "one_class"
+    one_class.mkdir()
+    benign = "".join(line for line in lines if json.loads(line)["label"] == "benign")
+    (one_class / "metadata.jsonl").write_text(benign)
+    with pytest.raises(data.DatasetError, match="has benign lesions alone in split 'test'"):
+        report.make(replace(plan, dataset=one_class), KNOWN)
+
+
+def test_assembling_keeps_the_report_of_the_same_weights_alone(
+    weights: Path, tmp_path: Path
+) -> None:
+    folder = _copy(weights / "checkpoint", tmp_path / "checkpoint")
+    mine = drawing.fingerprint(folder)
+    for stated, kept in ((mine, True), ("other", False)):
+        (folder / "report.json").write_text(json.dumps({"weights": stated, "figures": [1]}))
+        mini.write_figures({"test_images": 6}, folder)
+        found = json.loads((folder / "report.json").read_text())
+        assert (found["weights"], found["test_images"]) == (mine, 6)
+        assert ("figures" in found) is kept

@@ -1,0 +1,102 @@
+"""State files: what a training run saves, what its weights have seen, and how both are read.
+
+    >>> with states.reading(Path("runs/mini/vit.pt"), "give another file") as state:
+    ...     model.load_state_dict(state["model"])
+
+A run's `History` travels in its state file, and the histories of the runs that it started from
+travel with it: the data that weights have seen is stated, whatever order the runs came in.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training import data
+
+# What torch.load and the loading of its content raise for files that are something else.
+_UNREADABLE = (OSError, EOFError, TypeError, IndexError, KeyError, ValueError, AttributeError,
+               RuntimeError, pickle.UnpicklingError)  # fmt: skip
+_LONGEST = 160  # characters of such an error that are shown
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run's weights have been through. `data` are the (source, licence) pairs it read."""
+
+    name: str
+    data: tuple[tuple[str, str], ...]
+    steps: int = 0
+    seconds: float = 0.0
+    start: History | None = None
+
+    @property
+    def saw(self) -> list[tuple[str, str]]:
+        """The pairs that this run and all those before it have seen, sorted."""
+        return sorted({*self.data, *(self.start.saw if self.start else ())})
+
+    def state(self) -> dict[str, Any]:
+        """For a state file."""
+        return {
+            "name": self.name,
+            "data": [list(pair) for pair in self.data],
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "start": None if self.start is None else self.start.state(),
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> History:
+        """What `state` gave. Raises what a mapping of another kind raises."""
+        start = state["start"]
+        return cls(
+            str(state["name"]),
+            tuple((str(source), str(licence)) for source, licence in state["data"]),
+            int(state["steps"]),
+            float(state["seconds"]),
+            None if start is None else cls.of(start),
+        )
+
+    def document(self) -> dict[str, Any]:
+        """For a report: name, steps, hours, and what it saw with all that came before it."""
+        return {
+            "name": self.name,
+            "steps": self.steps,
+            "hours": round(self.seconds / 3600, 2),
+            "saw": [{"source": source, "licence": licence} for source, licence in self.saw],
+            "started_from": None if self.start is None else self.start.document(),
+        }
+
+
+@contextmanager
+def reading(file: Path, advice: str) -> Iterator[dict[str, Any]]:
+    """A state file's content, to be loaded within the block.
+
+    Raises:
+        DatasetError: it is no state file, or the block finds it to be of another kind; one line
+            that ends in `advice`.
+    """
+    try:
+        state = torch.load(file, weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+        yield state
+    except _UNREADABLE as error:
+        said = " ".join(str(error).split())[:_LONGEST] or "it ends early"
+        raise data.DatasetError(
+            f"{file} cannot be used as a state ({type(error).__name__}: {said}); {advice}"
+        ) from error
+
+
+def write(file: Path, state: Mapping[str, Any]) -> None:
+    """Save a state: the file is there whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    torch.save(dict(state), part)
+    part.replace(file)

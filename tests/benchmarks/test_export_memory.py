@@ -23,7 +23,7 @@ def test_peak_memory_does_not_grow_with_the_model(tiny_checkpoint, tmp_path):
     assert small.bytes_out > 150e6
     growth = large.bytes_out - small.bytes_out
     assert growth > 400e6
-    # So small, the graph of more blocks and what the allocator keeps weigh as well: 0.56 was seen. Who
-    # holds the weights would add all of it, and twice over while casting.
+    # So small, the graph of more blocks and what the allocator keeps weigh as well: 0.56 was seen.
+    # Who holds the weights would add all of it, and twice over while casting.
     assert large.peak_bytes - small.peak_bytes < 0.75 * growth
     assert list(tmp_path.glob("*")) == [tmp_path / "scales.npz"]

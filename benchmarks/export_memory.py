@@ -30,6 +30,8 @@ from typing import Any, Final
 import numpy as np
 
 from dermaflux import files
+from dermaflux.command import ended
+from dermaflux.errors import EngineError
 
 WIDE: Final[Mapping[str, Any]] = {
     "attention_head_dim": 128,
@@ -110,7 +112,7 @@ def measure(
     """Write a checkpoint into `work`, export it, and remove both.
 
     Raises:
-        RuntimeError: the export failed; with its last words.
+        EngineError: the export failed; with its last words.
     """
     checkpoint, bundle = work / "checkpoint", work / "bundle"
     try:
@@ -162,24 +164,27 @@ def disk_rate(folder: Path, count: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status."""
     options = _parser().parse_args(arguments)
-    rows = []
+    return ended(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure one size after the other; `--out` is written after each, and has those so far."""
+    result: dict[str, Any] = {"cores": os.cpu_count(), "exports": []}
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
     for blocks in options.blocks:
-        if options.work is not None:
-            options.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
             found = measure(Path(folder), options.base, blocks, options.precision)
-        rows.append(asdict(found))
+        result["exports"].append(asdict(found))
         print(
             f"{found.weights / 1e9:5.1f} billion weights: peak {found.peak_bytes / 1e9:.2f} GB, "
             f"{found.seconds:.0f} s, {found.read_and_written_mb_s:.0f} MB/s read and written "
             f"(the disk alone writes {found.disk_write_mb_s:.0f})",
             file=sys.stderr,
         )
-    result = {"cores": os.cpu_count(), "exports": rows}
-    if options.out is not None:
-        files.write(options.out, (json.dumps(result, indent=2) + "\n").encode())
+        if options.out is not None:
+            files.write(options.out, (json.dumps(result, indent=2) + "\n").encode())
     print(json.dumps(result), flush=True)
-    return 0
 
 
 def _weights(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
@@ -201,7 +206,7 @@ def _run(arguments: Sequence[str]) -> int:
         if process.returncode:
             log.seek(0)
             words = log.read()[-2000:].decode(errors="replace")
-            raise RuntimeError(f"python -m {' '.join(arguments)} failed: {words}")
+            raise EngineError(f"python -m {' '.join(arguments)} failed: {words}")
     # Linux counts in KiB, macOS in bytes.
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -27,8 +27,9 @@ import numpy as np
 
 from dermaflux import files, flow
 from dermaflux.bundle import Bundle
+from dermaflux.command import ended
 from dermaflux.engines import EAGER, OPENVINO, ORT
-from dermaflux.errors import DermaFluxError, EngineError
+from dermaflux.errors import EngineError
 from dermaflux.images import encode_png
 from dermaflux.pipeline import Pipeline
 
@@ -175,22 +176,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds} measures nothing; use 1 or more")
-    try:
-        bundle = Bundle.open(options.bundle)
-        steps = options.steps or bundle.defaults.steps
-        config = json.loads(bundle.file("transformer/config.json").read_text())
-        image = bundle.defaults.height * bundle.defaults.width // (2 * bundle.model.scale) ** 2
-        flops = transformer_flops(config, image, bundle.model.text_length) * steps
-        rate = matmul_rate()
-        times = measure(
-            variants(bundle, options.checkpoint, options.threads), options.rounds, steps
-        )
-    except DermaFluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: run(options, arguments or sys.argv[1:]))
+
+
+def run(options: argparse.Namespace, words: Sequence[str]) -> None:
+    """Measure, and print the result as one line of JSON; `words` are those of the command line."""
+    bundle = Bundle.open(options.bundle)
+    steps = options.steps or bundle.defaults.steps
+    config = json.loads(bundle.file("transformer/config.json").read_text())
+    image = bundle.defaults.height * bundle.defaults.width // (2 * bundle.model.scale) ** 2
+    flops = transformer_flops(config, image, bundle.model.text_length) * steps
+    rate = matmul_rate()
+    times = measure(variants(bundle, options.checkpoint, options.threads), options.rounds, steps)
     result = {
         "benchmark": "latency",
-        "command": " ".join(["python -m benchmarks.latency", *(arguments or sys.argv[1:])]),
+        "command": " ".join(["python -m benchmarks.latency", *words]),
         "environment": environment(),
         "bundle": {"name": bundle.name, "id": bundle.id},
         "size": [bundle.defaults.height, bundle.defaults.width],
@@ -206,7 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         files.write(options.out, (json.dumps(result, indent=2) + "\n").encode())
     print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ from typing import Final
 from dermaflux import __version__, files
 from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from dermaflux.classifier import Classifier
+from dermaflux.command import ended
 from dermaflux.doctor import damaged, examine, files_of
 from dermaflux.engines import EAGER, ENGINES, choose
-from dermaflux.errors import BundleError, DermaFluxError, ImageError, RequestError
+from dermaflux.errors import BundleError, ImageError, RequestError
 from dermaflux.flow import MAX_SEED
 from dermaflux.images import decode_upload, encode_png
 from dermaflux.pipeline import Pipeline, Progress, Request
@@ -44,18 +45,7 @@ RESIDENCY: Final = {"planned": None, "together": False, "in-turns": True}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status. Errors meant for the user end in one sentence."""
     options = _parser().parse_args(arguments)
-    try:
-        status: int = options.run(options)
-    except DermaFluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return status
+    return ended(lambda: options.run(options))
 
 
 def generate(options: argparse.Namespace) -> int:

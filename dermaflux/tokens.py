@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from dermaflux import files
-from dermaflux.errors import BundleError
+from dermaflux.errors import BundleError, translated
 
 
 class Tokens:
@@ -53,10 +53,8 @@ class Tokens:
         Raises:
             BundleError: it is damaged, or of another length.
         """
-        try:
+        with translated(BundleError, f"{path} is not a tokenizer"):
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # The library raises bare Exception.
-            raise BundleError(f"{path} is not a tokenizer: {error}") from error
         return cls(tokenizer, length, str(path))
 
     def ids(self, prompts: Sequence[str]) -> NDArray[np.int64]:

@@ -106,9 +106,10 @@ def _sentencepiece(file: Path) -> Iterator[str]:
     # Neither this package nor protobuf has types.
     form: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     model = form.ModelProto()
+    decode: type[Exception] = importlib.import_module("google.protobuf.message").DecodeError
     try:
         model.ParseFromString(file.read_bytes())
-    except Exception as error:  # protobuf's, of which there are several implementations.
+    except decode as error:
         yield f"{where} is damaged ({error})"
         return
     # Pieces come first in the file, then these two: protobuf takes what ends early for whole.

@@ -15,22 +15,22 @@ both cases an earlier bundle at `--out` stays as it was.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dermaflux.bundle import GENERATOR_PARTS, PARTS, Bundle, Parity, write_manifest
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.errors import BundleError, DermaFluxError, EngineError
+from dermaflux.command import ended, option, parsed
+from dermaflux.errors import BundleError, EngineError
 from dermaflux.images import encode_png
-from export.parity import ParityError, require
+from export.parity import require
 from export.recipes import ENGINES, FILES, PRECISIONS, RECIPES
 from export.staging import staged
 
@@ -47,81 +47,57 @@ CALIBRATED_ON: Final = 8
 """Images that ranges are measured on: 160 steps of the embedded default."""
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
 @dataclass(frozen=True)
 class Settings:
     """What to export; kept in the bundle's provenance."""
 
-    checkpoint: Path = field(metadata=_help("folder that FluxPipeline.save_pretrained wrote"))
-    out: Path = field(
-        default=Path(),
-        metadata=_help(
-            "the bundle's folder; a bundle there is replaced on success; default: bundles/NAME"
-        ),
+    checkpoint: Path = option("folder that FluxPipeline.save_pretrained wrote")
+    out: Path = option(
+        "the bundle's folder; a bundle there is replaced on success; default: bundles/NAME", Path()
     )
-    precision: tuple[str, ...] = field(
-        default=DEFAULT,
-        metadata=_help(f"comma-separated, of {','.join(PRECISIONS)}; default: {','.join(DEFAULT)}"),
+    precision: tuple[str, ...] = option(
+        f"comma-separated, of {','.join(PRECISIONS)}; default: {','.join(DEFAULT)}", DEFAULT
     )
-    parts: tuple[str, ...] = field(
-        default=(),
-        metadata=_help(f"comma-separated, of {','.join(PARTS)}; default: all in the checkpoint"),
+    parts: tuple[str, ...] = option(
+        f"comma-separated, of {','.join(PARTS)}; default: all in the checkpoint", ()
     )
-    engines: tuple[str, ...] = field(
-        default=ENGINES,
-        metadata=_help("comma-separated: engines that the bundle is for; default: all"),
+    engines: tuple[str, ...] = option(
+        "comma-separated: engines that the bundle is for; default: all", ENGINES
     )
-    calibration: Path | None = field(
-        default=None,
-        metadata=_help(
-            "a table of scales (python -m export.quantize --calibrate), or requests as JSON lines "
-            "to make one of; default: calibrate here on the model's own prompts"
-        ),
+    calibration: Path | None = option(
+        "a table of scales (python -m export.quantize --calibrate), or requests as JSON lines "
+        "to make one of; default: calibrate here on the model's own prompts",
+        None,
     )
-    photographs: Path | None = field(
-        default=None,
-        metadata=_help(
-            "folder with metadata.jsonl or .csv (file_name, label), whose pictures the classifier "
-            "is compared on; default: on generated ones"
-        ),
+    photographs: Path | None = option(
+        "folder with metadata.jsonl or .csv (file_name, label), whose pictures the classifier "
+        "is compared on; default: on generated ones",
+        None,
     )
-    prompts: int = field(
-        default=64, metadata=_help("images compared with eager; 0 compares nothing; default: 64")
-    )
-    seed: int = field(default=0, metadata=_help("of prompts, noise and guidance; default: 0"))
+    prompts: int = option("images compared with eager; 0 compares nothing; default: 64", 64)
+    seed: int = option("of prompts, noise and guidance; default: 0", 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status. Errors meant for the user end in one sentence."""
-    settings = _parse(arguments)
+    settings = parsed(
+        Settings, "python -m export", "Make a bundle of a Flux checkpoint.", arguments
+    )
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
-    started = time.monotonic()
-    try:
+
+    def work() -> None:
+        started = time.monotonic()
         bundle = export(settings)
-    except ParityError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except DermaFluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    result = {
-        "path": str(bundle.path),
-        "id": bundle.id,
-        "seconds": round(time.monotonic() - started, 1),
-        "parity": asdict(bundle.parity),
-    }
-    print(json.dumps(result), flush=True)
-    return 0
+        result = {
+            "path": str(bundle.path),
+            "id": bundle.id,
+            "seconds": round(time.monotonic() - started, 1),
+            "parity": asdict(bundle.parity),
+        }
+        print(json.dumps(result), flush=True)
+
+    return ended(work)
 
 
 def export(settings: Settings) -> Bundle:
@@ -308,14 +284,14 @@ def _check(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     Raises:
         BundleError: they are wrong, or contradict each other.
     """
-    for option, names, known in (
+    for flag, names, known in (
         ("--precision", settings.precision, PRECISIONS),
         ("--parts", settings.parts, PARTS),
         ("--engines", settings.engines, ENGINES),
     ):
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise BundleError(f"{option} {unknown[0]!r} is not known; use {', '.join(known)}")
+            raise BundleError(f"{flag} {unknown[0]!r} is not known; use {', '.join(known)}")
     if not settings.precision or not settings.engines:
         raise BundleError("--precision and --engines need a name each")
     if settings.prompts < 0:
@@ -350,29 +326,6 @@ def _clock() -> Callable[[str], None]:
 def _plain(value: object) -> object:
     """For JSON; of a path its last name, since the folders above it are nobody's business."""
     return value.name if isinstance(value, Path) else value
-
-
-def _parse(arguments: Sequence[str] | None) -> Settings:
-    parser = argparse.ArgumentParser(
-        prog="python -m export", description="Make a bundle of a Flux checkpoint."
-    )
-    for option in fields(Settings):
-        kinds = {"Path": Path, "Path | None": Path, "int": int}
-        kind = kinds.get(str(option.type), _names)
-        text = option.metadata["help"]
-        if option.name == "checkpoint":
-            parser.add_argument(option.name, type=kind, help=text)
-        else:
-            required = option.default is MISSING
-            default = None if required else option.default
-            parser.add_argument(
-                f"--{option.name}", type=kind, required=required, default=default, help=text
-            )
-    return Settings(**vars(parser.parse_args(arguments)))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 if __name__ == "__main__":

@@ -18,22 +18,22 @@ the check refuses a graph, 2 where a plan could not be built, 130 where it was s
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dermaflux.bundle import PARTS, Bundle
+from dermaflux.command import ended, option, parsed
 from dermaflux.engines.cuda import Cuda
 from dermaflux.engines.trt_api import import_tensorrt
 from dermaflux.engines.trt_plan import Hardware, Sidecar, read_sidecar
-from dermaflux.errors import BundleError, Cancelled, DermaFluxError, EngineError
+from dermaflux.errors import BundleError, EngineError
 from export import preflight
 from export.trt_api import TensorRT
 from export.trt_build import Flags, Job, build, current
@@ -46,78 +46,54 @@ from export.trt_support import OLDEST
 log = logging.getLogger("export.compile")
 
 
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
-
-
 @dataclass(frozen=True)
 class Settings:
     """What to build or to check."""
 
-    bundle: Path = field(metadata=_help("the bundle's folder; with --check also one ONNX file"))
-    check: bool = field(default=False, metadata=_help("only say whether the graphs would build"))
-    parts: tuple[str, ...] = field(
-        default=(), metadata=_help(f"comma-separated, of {','.join(PARTS)}; default: all")
+    bundle: Path = option("the bundle's folder; with --check also one ONNX file")
+    check: bool = option("only say whether the graphs would build", False)
+    parts: tuple[str, ...] = option(f"comma-separated, of {','.join(PARTS)}; default: all", ())
+    precision: tuple[str, ...] = option(
+        "comma-separated; default: each part's best for this GPU", ()
     )
-    precision: tuple[str, ...] = field(
-        default=(), metadata=_help("comma-separated; default: each part's best for this GPU")
+    static: tuple[str, ...] = option(
+        "comma-separated, as 512x512 or 512x512x4 (height x width x batch): plans "
+        "of one shape instead of one for all shapes",
+        (),
     )
-    static: tuple[str, ...] = field(
-        default=(),
-        metadata=_help("comma-separated, as 512x512 or 512x512x4 (height x width x batch): plans "
-                       "of one shape instead of one for all shapes"),
-    )  # fmt: skip
-    tensorrt: str = field(
-        default="", metadata=_help(f"with --check: only this version; default: {OLDEST} and newer")
-    )
-    workspace: float = field(
-        default=8.0, metadata=_help("GiB of GPU memory that kernels may take; default: 8")
-    )
-    level: int = field(
-        default=3, metadata=_help("how long to search for fast kernels, 0 to 5; default: 3")
-    )
-    tf32: bool = field(
-        default=False, metadata=_help("let fp32 products run in TF32: faster, less exact")
-    )
-    force: bool = field(default=False, metadata=_help("build anew what is there and current"))
-    device: int = field(default=0, metadata=_help("the GPU's number; default: 0"))
+    tensorrt: str = option(f"with --check: only this version; default: {OLDEST} and newer", "")
+    workspace: float = option("GiB of GPU memory that kernels may take; default: 8", 8.0)
+    level: int = option("how long to search for fast kernels, 0 to 5; default: 3", 3)
+    tf32: bool = option("let fp32 products run in TF32: faster, less exact", False)
+    force: bool = option("build anew what is there and current", False)
+    device: int = option("the GPU's number; default: 0", 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status. Errors meant for the user end in one sentence."""
-    settings = _parse(arguments)
+    settings = parsed(
+        Settings, "python -m export.compile", "Build TensorRT plans of a bundle.", arguments
+    )
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("export").setLevel(logging.INFO)
-    try:
+
+    def work() -> int:
         if settings.check:
-            result = check(
-                settings.bundle,
-                Ask(settings.parts, settings.precision, settings.static, settings.tensorrt),
-            )
+            asked = Ask(settings.parts, settings.precision, settings.static, settings.tensorrt)
+            result = check(settings.bundle, asked)
         else:
             trt = import_tensorrt()
             result = {"plans": compile_bundle(settings, trt, Cuda(settings.device))}
-    except Cancelled as stopped:
-        print(stopped, file=sys.stderr)
-        return 130
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except DermaFluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    print(json.dumps(result), flush=True)
-    return 0 if result.get("builds", True) else 1
+        print(json.dumps(result), flush=True)
+        return 0 if result.get("builds", True) else 1
+
+    return ended(work)
 
 
 class Refused(EngineError):
     """The check found what TensorRT would refuse."""
+
+    exit_status = 1
 
 
 def compile_bundle(settings: Settings, trt: TensorRT, cuda: Cuda) -> list[dict[str, Any]]:
@@ -220,31 +196,6 @@ class _Builder:
             finally:
                 # Of no effect after a result; after an interrupt the build is asked to end.
                 self._stop = True
-
-
-def _parse(arguments: Sequence[str] | None) -> Settings:
-    parser = argparse.ArgumentParser(
-        prog="python -m export.compile", description="Build TensorRT plans of a bundle."
-    )
-    kinds = {"float": float, "int": int, "str": str}
-    for option in fields(Settings):
-        text = option.metadata["help"]
-        if option.name == "bundle":
-            parser.add_argument(option.name, type=Path, help=text)
-        elif option.type == "bool":
-            parser.add_argument(f"--{option.name}", action="store_true", help=text)
-        else:
-            parser.add_argument(
-                f"--{option.name}",
-                type=kinds.get(str(option.type), _names),
-                default=option.default,
-                help=text,
-            )
-    return Settings(**vars(parser.parse_args(arguments)))
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ EQUAL_DB: Final = 99.0
 class ParityError(DermaFluxError):
     """An export is too far from its model; the message holds the table of measurements."""
 
+    exit_status = 1
+
 
 @dataclass(frozen=True)
 class Case:

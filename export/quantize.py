@@ -34,7 +34,8 @@ from typing import Final
 
 from dermaflux import files
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.errors import BundleError, DermaFluxError
+from dermaflux.command import ended
+from dermaflux.errors import BundleError
 from export.recipes import RECIPES
 
 QUANTIZED: Final = ("int8", "fp8")
@@ -47,19 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("export").setLevel(logging.INFO)
-    try:
+
+    def work() -> None:
         result = _calibrate(options) if options.calibrate else _sensitivity(options)
-    except DermaFluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    print(json.dumps(result), flush=True)
-    return 0
+        print(json.dumps(result), flush=True)
+
+    return ended(work, "stopped; the same command goes on where it was")
 
 
 def _calibrate(options: argparse.Namespace) -> dict[str, object]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
@@ -60,15 +61,14 @@ class View:
         Raises:
             EngineError: it is not an ONNX graph, or its types contradict each other.
         """
-        # protobuf's and ONNX's exceptions have no common base of their own.
         try:
             model = onnx.load(str(path), load_external_data=False)
-        except Exception as error:
+        except (OSError, DecodeError) as error:
             raise EngineError(f"{path} is not a graph that ONNX reads: {_line(error)}") from error
         light = _light(model, path.parent)
         try:
             typed = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
-        except Exception as error:
+        except (onnx.shape_inference.InferenceError, ValueError) as error:
             raise EngineError(f"{path} contradicts itself: {_line(error)}") from error
         graph = model.graph
         if not graph.output or not model.opset_import:
@@ -173,7 +173,7 @@ def _load(weight: TensorProto, folder: Path) -> bool:
     try:
         load_external_data_for_tensor(weight, str(folder))
     # A file that is missing, short or elsewhere is a finding of its own, by its name.
-    except Exception:
+    except (OSError, ValueError, onnx.checker.ValidationError):
         return False
     weight.data_location = TensorProto.DEFAULT
     del weight.external_data[:]

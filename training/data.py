@@ -20,12 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dermaflux.errors import DermaFluxError
+from dermaflux.errors import DatasetError
 from dermaflux.prompt import DIAGNOSES, Lesion
 
-
-class DatasetError(DermaFluxError):
-    """A dataset folder or one of its rows cannot be read."""
+__all__ = [
+    "DatasetError",
+    "Sample",
+    "count",
+    "licences",
+    "load_images",
+    "load_mask",
+    "positive",
+    "read",
+]
 
 
 @dataclass(frozen=True)

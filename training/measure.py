@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
 from dermaflux import attributes, files
-from dermaflux.errors import DermaFluxError
+from dermaflux.command import ended
 from dermaflux.prompt import COLORS
 from training import data
 
@@ -230,7 +231,7 @@ def run(options: Measure) -> dict[str, Any]:
     return {"options": asked, **result}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m training.measure", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -241,18 +242,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--fit", action="store_true", help="fit the models of segment instead")
     options = Measure(**vars(parser.parse_args(arguments)))
-    if not SIZES[0] <= options.size <= SIZES[1]:
-        parser.error(f"--size is {options.size}; use {SIZES[0]} to {SIZES[1]} pixels")
-    if options.out and (options.out.is_dir() or not os.access(options.out.parent, os.W_OK)):
-        parser.error(f"--out {options.out} cannot be written; give a file in an existing folder")
-    try:
+
+    def work() -> None:
+        if not SIZES[0] <= options.size <= SIZES[1]:
+            raise data.DatasetError(
+                f"--size is {options.size}; use {SIZES[0]} to {SIZES[1]} pixels"
+            )
+        if options.out and (options.out.is_dir() or not os.access(options.out.parent, os.W_OK)):
+            raise data.DatasetError(
+                f"--out {options.out} cannot be written; give a file in an existing folder"
+            )
         text = json.dumps(run(options), indent=2) + "\n"
         if options.out:
             files.write(options.out, text.encode())
-    except (DermaFluxError, OSError) as error:
-        parser.error(str(error))
-    print(text, end="")
+        print(text, end="")
+
+    return ended(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from torch.multiprocessing.spawn import spawn
 
 from dermaflux import files
-from dermaflux.errors import DermaFluxError
+from dermaflux.command import ended
 from dermaflux.prompt import WORDING, Lesion, caption
 from training import autoencoder, checkpoint, data, generator, latents, report, states
 from training.drawing import fingerprint
@@ -324,7 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
         hours=options.hours, distill_hours=options.distill_hours, processes=options.processes
     )
     drawing = autoencoder.Plan(hours=options.autoencoder_hours)
-    try:
+
+    def work() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
         prepared = prepare(options.data, architecture)
         if options.report:
@@ -335,7 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
             files.write(options.table, text.encode())
             draw_sheet(options.out, options.sheet)
             print(text)
-            return 0
+            return
         if options.stage in ("all", "generator"):
             train_generator(corpus(prepared), architecture, plan, options.work)
         if options.stage == "autoencoder":
@@ -344,15 +345,12 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if options.stage in ("all", "assemble"):
             finished(prepared, architecture, plan, drawing, options.work, options.out)
-        if options.stage in ("all", "assemble"):
             figures = _known(prepared, options.data, options.out)
             draw_sheet(options.out, options.sheet)
             write_figures(figures, options.out)
             print(json.dumps({"out": str(options.out), **figures}))
-    except (DermaFluxError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return ended(work, "stopped; the same command goes on from the last saved state")
 
 
 if __name__ == "__main__":

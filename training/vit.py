@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from dermaflux.errors import DermaFluxError
+from dermaflux.command import ended
 from dermaflux.prompt import LABELS
 from training import classifier, data, scores, supervise
 from training.checkpoint import add_classifier
@@ -103,14 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     recipe = Recipe(hours=options.hours, threads=options.threads, seed=options.seed)
-    try:
+
+    def work() -> None:
         everything = [sample for folder in options.data for sample in data.read(folder)]
         calibration, figures = run(everything, recipe, options.out, options.work, options.start)
-    except (DermaFluxError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({"out": str(options.out), "calibration": calibration, "test": figures}))
-    return 0
+        print(json.dumps({"out": str(options.out), "calibration": calibration, "test": figures}))
+
+    return ended(work, "stopped; with --work the same command goes on from the last saved state")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dermaflux.errors import EngineError
+from dermaflux.errors import EngineError, translated
 
 INSTALL: Final = "pip install cuda-bindings"
 
@@ -95,15 +95,12 @@ class Cuda:
     def driver(self) -> str:
         """The version of the display driver: `580.65.06`."""
         nvml: Nvml = self._nvml or _import("nvml")
-        try:
+        with translated(EngineError, "the display driver does not say its version"):
             nvml.init_v2()
             try:
                 return nvml.system_get_driver_version()
             finally:
                 nvml.shutdown()
-        # The bindings raise RuntimeErrors of several kinds, here as where the library is absent.
-        except Exception as error:
-            raise EngineError(f"the display driver does not say its version: {error}") from error
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes on the device."""

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 
 from dermaflux.engines import ORT, Array, Arrays, usable_cores
-from dermaflux.errors import EngineError
+from dermaflux.errors import EngineError, translated
 
 
 class OrtEngine:
@@ -37,22 +37,18 @@ class OrtEngine:
         # Idle threads that spin take the core away from the next part's session.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        try:
+        with translated(EngineError, f"ONNX Runtime cannot open {graph}"):
             self._session = onnxruntime.InferenceSession(
                 str(graph), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # ONNX Runtime's exceptions have no common base of their own.
-            raise EngineError(f"ONNX Runtime cannot open {graph}: {error}") from error
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """See `Engine.run`; a session is safe to share between threads."""
         # ONNX Runtime reads the memory of an array, and wants it in C order.
         ordered = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
-        try:
+        with translated(EngineError, f"ONNX Runtime cannot run {self._graph}"):
             outputs = self._session.run(self._outputs, ordered)
-        except Exception as error:
-            raise EngineError(f"ONNX Runtime cannot run {self._graph}: {error}") from error
         return dict(zip(self._outputs, outputs, strict=True))
 
     def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:

@@ -26,7 +26,7 @@ import onnxruntime
 from dermaflux.bundle import Bundle
 from dermaflux.engines import ORT_CUDA, ORT_TENSORRT, Array, Arrays, Choice, ort_trt
 from dermaflux.engines.ort_trt import Provider
-from dermaflux.errors import EngineError
+from dermaflux.errors import EngineError, translated
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +86,18 @@ class OrtGpuEngine:
             moving = {name: np.ascontiguousarray(value) for name, value in varying.items()}
             everything = {**held, **moving}
             with self._lock:
+                done = False
                 try:
-                    slot = self._slot(everything)
-                    slot.put(moving if slot.owner is owner else everything)
-                    slot.owner = owner
-                    return slot.run()
-                except Exception as error:  # ONNX Runtime's have no common base of their own.
-                    self._slots.clear()
-                    raise EngineError(f"{self.name} cannot run {self._graph}: {error}") from error
+                    with translated(EngineError, f"{self.name} cannot run {self._graph}"):
+                        slot = self._slot(everything)
+                        slot.put(moving if slot.owner is owner else everything)
+                        slot.owner = owner
+                        outputs = slot.run()
+                    done = True
+                    return outputs
+                finally:
+                    if not done:
+                        self._slots.clear()
 
         return step
 
@@ -101,20 +105,21 @@ class OrtGpuEngine:
         options = onnxruntime.SessionOptions()
         options.use_deterministic_compute = True
         options.log_severity_level = 3
+
+        def opened(providers: list[Provider]) -> Any:
+            with translated(EngineError, f"{self.name} cannot open {graph}"):
+                return onnxruntime.InferenceSession(str(graph), options, providers=providers)
+
         try:
-            try:
-                session = onnxruntime.InferenceSession(str(graph), options, providers=providers)
-                self.graphs = any(o.get("enable_cuda_graph") == "1" for _, o in providers)
-            except Exception as error:
-                # A graph with work for the CPU in it cannot be captured. That is no reason not to
-                # run it, and none to keep quiet.
-                plain = [(n, {**o, "enable_cuda_graph": "0"}) for n, o in providers if n == CUDA]
-                if [name for name, _ in providers] != [CUDA]:
-                    raise
-                session = onnxruntime.InferenceSession(str(graph), options, providers=plain)
-                log.warning("%s runs without CUDA graphs: %s", graph, error)
-        except Exception as error:
-            raise EngineError(f"{self.name} cannot open {graph}: {error}") from error
+            session = opened(providers)
+            self.graphs = any(o.get("enable_cuda_graph") == "1" for _, o in providers)
+        except EngineError as error:
+            # A graph with work for the CPU in it cannot be captured. That is no reason not to run
+            # it, and none to keep quiet.
+            if [name for name, _ in providers] != [CUDA]:
+                raise
+            session = opened([(name, {**o, "enable_cuda_graph": "0"}) for name, o in providers])
+            log.warning("%s runs without CUDA graphs: %s", graph, error)
         first = providers[0][0]
         if first not in session.get_providers():
             raise EngineError(

@@ -31,7 +31,7 @@ from dermaflux.engines import (
     usable_cores,
 )
 from dermaflux.engines.sizes import shape_of, sizes
-from dermaflux.errors import EngineError
+from dermaflux.errors import EngineError, translated
 
 _CONVERTER = "openvino.tools.ovc"
 
@@ -89,7 +89,7 @@ class OpenVinoEngine:
                 # the same steps took 1.6 times as long, and a third more work for the spinning.
                 "ENABLE_CPU_PINNING": "NO",
             }
-        try:
+        with translated(EngineError, f"OpenVINO cannot open {graph}"):
             core = openvino.Core()
             # Without it a CPU with bf16 computes everything in bf16, and nobody is told.
             self.computes = computes(device, precision)
@@ -99,8 +99,6 @@ class OpenVinoEngine:
             if shapes is not None:
                 model.reshape({key: list(shape) for key, shape in shapes.items()})
             self._model = core.compile_model(model, device, settings)
-        except Exception as error:  # OpenVINO raises RuntimeError and kinds of its own.
-            raise EngineError(f"OpenVINO cannot open {graph}: {error}") from error
         self._inputs = {
             port.get_any_name(): port.get_element_type().to_dtype() for port in self._model.inputs
         }
@@ -123,11 +121,9 @@ class OpenVinoEngine:
         """See `Engine.bind`: the constant inputs are set on a request of its own."""
         request = self._model.create_infer_request()
         held = {name: np.ascontiguousarray(value) for name, value in constant.items()}
-        try:
+        with translated(EngineError, f"OpenVINO cannot run {self._graph}"):
             for name, value in held.items():
                 request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
-        except Exception as error:
-            raise EngineError(f"OpenVINO cannot run {self._graph}: {error}") from error
 
         def step(varying: Arrays) -> dict[str, Array]:
             # `held` is the memory that the request reads, so it must live as long as this.
@@ -138,10 +134,8 @@ class OpenVinoEngine:
 
     def _infer(self, request: Any, inputs: Arrays) -> dict[str, Array]:
         ordered = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
-        try:
+        with translated(EngineError, f"OpenVINO cannot run {self._graph}"):
             results = request.infer(ordered, share_inputs=True, share_outputs=False)
-        except Exception as error:
-            raise EngineError(f"OpenVINO cannot run {self._graph}: {error}") from error
         return {name: results[index] for index, name in enumerate(self._outputs)}
 
     def _check(self, inputs: Arrays) -> None:

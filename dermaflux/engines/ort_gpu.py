@@ -119,7 +119,7 @@ class OrtGpuEngine:
             if [name for name, _ in providers] != [CUDA]:
                 raise
             session = opened([(name, {**o, "enable_cuda_graph": "0"}) for name, o in providers])
-            log.warning("%s runs without CUDA graphs: %s", graph, error)
+            log.warning("%s runs without CUDA graphs: %s", graph, error.__cause__)
         first = providers[0][0]
         if first not in session.get_providers():
             raise EngineError(

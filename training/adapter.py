@@ -1,0 +1,348 @@
+"""LoRA adapters on disk, in the key layouts of diffusers and of kohya's sd-scripts.
+
+    >>> adapter = read(Path("flux_lora_64_64.safetensors"))
+    >>> adapter.layers["transformer.transformer_blocks.0.attn.to_q"].rank
+    64
+    >>> write(Path("pytorch_lora_weights.safetensors"), adapter)
+
+Layers are named as diffusers and transformers 5 name their modules, behind the part's folder:
+`transformer`, `text_encoder` (CLIP, without the `text_model.` that files carry) and
+`text_encoder_2` (T5). `FluxPipeline.load_lora_weights` opens both layouts, all but T5's layers and
+kohya's names of those outside the blocks. Alpha is a tensor in kohya's layout, and stands in peft's
+settings, where diffusers looks for it, in the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from training import kohya, tensors
+from training.factors import AdapterError, Factors
+from training.tensors import Entry, TensorFile
+
+__all__ = ["PARTS", "Adapter", "AdapterError", "Factors", "opened", "read", "write"]
+
+PARTS: Final = ("transformer", "text_encoder", "text_encoder_2")
+LAYOUTS: Final = ("diffusers", "kohya")
+
+_PEFT: Final = "lora_adapter_metadata"
+"""Where diffusers keeps peft's settings (diffusers/loaders/lora_base.py), as JSON."""
+_RANKS: Final = "dermaflux.ranks"
+"""Ranks of the parts of each block-diagonal module, as JSON; only kohya's layout has such."""
+_OWN: Final = (_PEFT, _RANKS, "format")
+
+_KEY: Final = re.compile(
+    r"(?P<name>.+?)\.(?:(?P<down>lora_A(?:\.default)?|lora_down)\.weight"
+    r"|(?P<up>lora_B(?:\.default)?|lora_up)\.weight|(?P<alpha>alpha))"
+)
+# What stands in files that are no plain LoRA, and what to do about it.
+_REFUSED: Final[Mapping[str, str]] = {
+    r"dora_scale|lora_magnitude_vector": "DoRA scales each column of the merged weight, which no "
+    "low-rank term does; train without DoRA",
+    r"\.lokr_|\.hada_|\.oft_|\.boft_|\.ia3_|\.lora_mid": "it is a LyCORIS adapter of another kind "
+    "(LoKr, LoHa, OFT, CP); train a plain LoRA, or extract one from the merged model",
+    r"\.diff(_b)?$|\.set_weight$|\.reshape_weight$|_norm\.scale$": "it replaces biases or norms "
+    "beside its low-rank factors; train with the layers' weights alone",
+    r"lora_[AB]\.bias$": "it trained biases too; train with lora_bias off",
+    r"processor\.|^base_model\.|^diffusion_model\.|^lora_transformer_": "it is another trainer's "
+    "layout; convert it with diffusers: save FluxPipeline.lora_state_dict(FILE) with safetensors",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter: its layers by name, and its description, as in the file's metadata."""
+
+    layers: Mapping[str, Factors]
+    about: Mapping[str, str] = field(default_factory=dict)
+
+
+def read(path: Path) -> Adapter:
+    """Read an adapter into memory: float32 factors, whatever the file's type.
+
+    Raises:
+        AdapterError: the file is missing, cut or a pickle, a layer lacks a factor, ranks differ,
+            a number is not finite, or there is a key that is no LoRA's; with what to do.
+    """
+    lazy = opened(path)
+    return Adapter(dict(lazy.layers.items()), lazy.about)
+
+
+def opened(path: Path) -> Adapter:
+    """As `read`, but each layer is read from the file whenever it is asked for.
+
+    Names, shapes and alphas are checked now, numbers when they are read. The file must stay.
+    """
+    try:
+        file = TensorFile.open(path)
+    except tensors.WeightsError as error:
+        raise AdapterError(f"{error}") from error
+    sources = _sources(file)
+    names = [name for name in sources if name.startswith(kohya.PREFIXES)]
+    if names and len(names) < len(sources):
+        other = next(name for name in sources if name not in names)
+        raise AdapterError(f"{path} mixes layouts: it has {names[0]} and {other}; keep one")
+    about = {key: text for key, text in file.metadata.items() if key not in _OWN}
+    try:
+        layers = _kohya(file, sources) if names else _diffusers(file, sources)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise AdapterError(f"{path}: its metadata cannot be used: {error}") from error
+    return Adapter(layers, about)
+
+
+def write(path: Path, adapter: Adapter, layout: str = "diffusers") -> None:
+    """Write an adapter, whole or not at all; factors keep their type. Equal ones make equal files.
+
+    In kohya's layout, layers that share a module are written block-diagonally, unless they have one
+    `down`, as those read from a file of kohya's have.
+
+    Raises:
+        AdapterError: the layout is not known, or has no name for a layer.
+        OSError: the disk is full, or takes no files there.
+    """
+    if layout not in LAYOUTS:
+        raise AdapterError(f"layout {layout!r} is not known; use {' or '.join(LAYOUTS)}")
+    content: dict[str, Tensor] = {}
+    about = {key: text for key, text in adapter.about.items() if key not in _OWN}
+    if layout == "kohya":
+        ranks: dict[str, tuple[int, ...]] = {}
+        for name, parts in _modules(path, adapter.layers).items():
+            one, found = kohya.fused(name, parts)
+            content[f"{name}.lora_down.weight"] = one.down
+            content[f"{name}.lora_up.weight"] = one.up
+            content[f"{name}.alpha"] = torch.tensor(float(one.alpha))
+            if found:
+                ranks[name] = found
+        if ranks:
+            about[_RANKS] = json.dumps(ranks, sort_keys=True, separators=(",", ":"))
+    else:
+        for name, one in adapter.layers.items():
+            content[f"{_in_file(path, name)}.lora_A.weight"] = one.down
+            content[f"{_in_file(path, name)}.lora_B.weight"] = one.up
+        about[_PEFT] = json.dumps(_peft(adapter.layers), sort_keys=True, indent=2)
+    entries = {name: Entry.of(tensor) for name, tensor in content.items()}
+    tensors.write(path, entries, content.__getitem__, {"format": "pt", **about})
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The keys of one layer or module in a file."""
+
+    name: str
+    down: str
+    up: str
+    alpha: str | None
+    rank: int
+    rows: int
+
+
+class _Layers(Mapping[str, Factors]):
+    """Layers that are read when asked for: each is a part of a source, with an alpha."""
+
+    def __init__(
+        self, file: TensorFile, places: Mapping[str, tuple[_Source, float, int, Sequence[int]]]
+    ) -> None:
+        self._file = file
+        self._places = places
+
+    def __getitem__(self, layer: str) -> Factors:
+        source, alpha, place, ranks = self._places[layer]
+        down, up = self._number(source.down), self._number(source.up)
+        if not source.name.startswith(kohya.PREFIXES):
+            return Factors(down, up, alpha)
+        found = kohya.split(source.name, down, up, alpha, ranks)[place]
+        assert found is not None, layer
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _number(self, key: str) -> Tensor:
+        tensor = self._file.read(key).float()
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"{self._file.path}: {key} has numbers that are not finite; its training "
+                "diverged: use an earlier state"
+            )
+        return tensor
+
+
+def _sources(file: TensorFile) -> dict[str, _Source]:
+    keys: dict[str, dict[str, str]] = {}
+    for key in file.entries:
+        for pattern, remedy in _REFUSED.items():
+            if re.search(pattern, key):
+                raise AdapterError(f"{file.path} has the key {key}: {remedy}")
+        match = _KEY.fullmatch(key)
+        if match is None or not _known(match["name"]):
+            raise AdapterError(
+                f"{file.path} has the key {key}, which is no LoRA factor of a FLUX.1 pipeline; "
+                "needed are transformer.LAYER.lora_A.weight and .lora_B.weight (diffusers), or "
+                "lora_unet_MODULE.lora_down.weight and .lora_up.weight (kohya)"
+            )
+        kind = str(match.lastgroup)
+        if kind in keys.setdefault(match["name"], {}):
+            raise AdapterError(f"{file.path} has two keys for {kind} of {match['name']}: {key}")
+        keys[match["name"]][kind] = key
+    if not keys:
+        raise AdapterError(f"{file.path} has no tensors, so it is no adapter")
+    return {name: _source(file, name, found) for name, found in sorted(keys.items())}
+
+
+def _source(file: TensorFile, name: str, keys: Mapping[str, str]) -> _Source:
+    kohyas = name.startswith(kohya.PREFIXES)
+    for kind, theirs, ours in (("down", "lora_down", "lora_A"), ("up", "lora_up", "lora_B")):
+        if kind not in keys:
+            raise AdapterError(
+                f"{file.path} lacks {name}.{theirs if kohyas else ours}.weight, but has "
+                f"{', '.join(keys.values())}; it was cut or damaged: get it again"
+            )
+    down, up = file.entries[keys["down"]], file.entries[keys["up"]]
+    alpha = keys.get("alpha")
+    for key in (keys["down"], keys["up"]):
+        if file.entries[key].dtype not in ("F64", "F32", "F16", "BF16"):
+            raise AdapterError(
+                f"{file.path}: {key} is {file.entries[key].dtype}; use float32, float16 or bfloat16"
+            )
+    if len(down.shape) != 2 or len(up.shape) != 2:
+        raise AdapterError(
+            f"{file.path}: {name} has factors of shape {down.shape} and {up.shape}; FLUX.1 has "
+            "linear layers only, whose factors have two dimensions"
+        )
+    if down.shape[0] != up.shape[1] or not down.shape[0]:
+        raise AdapterError(
+            f"{file.path}: the ranks of {name} differ: {keys['down']} has {down.shape[0]} rows, "
+            f"{keys['up']} has {up.shape[1]} columns; the file is damaged: get it again"
+        )
+    if alpha and file.entries[alpha].shape not in ((), (1,)):
+        raise AdapterError(f"{file.path}: {alpha} needs one number")
+    if kohyas and not kohya.sizes(name, up.shape[0]):
+        raise AdapterError(
+            f"{file.path}: {keys['up']} has {up.shape[0]} rows, which cannot be shared out among "
+            f"{', '.join(kohya.parts(name))}; it is of another model than FLUX.1"
+        )
+    return _Source(name, keys["down"], keys["up"], alpha, down.shape[0], up.shape[0])
+
+
+def _known(name: str) -> bool:
+    if name.startswith(kohya.PREFIXES):
+        return bool(kohya.parts(name))
+    part, _, rest = name.partition(".")
+    return part in PARTS and bool(rest)
+
+
+def _kohya(file: TensorFile, sources: Mapping[str, _Source]) -> _Layers:
+    told = json.loads(file.metadata.get(_RANKS, "{}"))
+    places: dict[str, tuple[_Source, float, int, Sequence[int]]] = {}
+    for name, source in sources.items():
+        layers = kohya.parts(name)
+        ranks = [int(one) for one in told.get(name, ())]
+        if ranks and (len(ranks) != len(layers) or sum(ranks) != source.rank or min(ranks) < 0):
+            raise ValueError(f"{_RANKS} says {ranks} of {name}, whose rank is {source.rank}")
+        for place, layer in enumerate(layers):
+            if not ranks or ranks[place]:
+                places[layer] = (source, _alpha(file, source), place, ranks)
+    return _Layers(file, places)
+
+
+def _diffusers(file: TensorFile, sources: Mapping[str, _Source]) -> _Layers:
+    told = json.loads(file.metadata.get(_PEFT, "null")) or {}
+    places: dict[str, tuple[_Source, float, int, Sequence[int]]] = {}
+    for name, source in sources.items():
+        alpha = _alpha(file, source)
+        part, _, rest = name.partition(".")
+        if source.alpha is None and f"{part}.lora_alpha" in told:
+            patterns = told.get(f"{part}.alpha_pattern") or {}
+            alpha = float(_matching(patterns, rest, told[f"{part}.lora_alpha"]))
+            if told.get(f"{part}.use_rslora"):
+                # Rank-stabilised LoRA divides by the root of the rank (arXiv 2312.03732).
+                alpha *= source.rank**0.5
+        places[_in_memory(name)] = (source, alpha, 0, ())
+    return _Layers(file, places)
+
+
+def _alpha(file: TensorFile, source: _Source) -> float:
+    """The file's alpha; the rank where none is told, as every loader takes it."""
+    if source.alpha is None:
+        return float(source.rank)
+    alpha = float(file.read(source.alpha))
+    if not math.isfinite(alpha):
+        raise AdapterError(f"{file.path}: {source.alpha} is {alpha}; needed is a finite number")
+    return alpha
+
+
+def _matching(patterns: Mapping[str, float], name: str, otherwise: float) -> float:
+    """As peft finds a layer's alpha: the first pattern that the name ends with."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return otherwise
+
+
+def _peft(layers: Mapping[str, Factors]) -> dict[str, Any]:
+    """peft's settings by part, with which diffusers makes its layers."""
+    content: dict[str, Any] = {}
+    for part in PARTS:
+        mine = {n.partition(".")[2]: f for n, f in layers.items() if n.startswith(f"{part}.")}
+        if not mine:
+            continue
+        rank = Counter(one.rank for one in mine.values()).most_common(1)[0][0]
+        alpha = Counter(one.alpha for one in mine.values()).most_common(1)[0][0]
+        # A name in a list also means every module that ends with it; `proj_out` is the last layer,
+        # and one in each single-stream block. Exact, unless CLIP may have a name in front.
+        exact = part != "text_encoder"
+        pattern = {name: ("^" if exact else "") + re.escape(name) for name in mine}
+        targets: str | list[str] = sorted(mine)
+        if exact and any(a != b and a.endswith(f".{b}") for b in ("proj_out",) for a in mine):
+            targets = "|".join(pattern[name] for name in sorted(mine))
+        content |= {
+            f"{part}.peft_type": "LORA",
+            f"{part}.r": rank,
+            f"{part}.lora_alpha": alpha,
+            f"{part}.rank_pattern": {pattern[n]: f.rank for n, f in mine.items() if f.rank != rank},
+            f"{part}.alpha_pattern": {
+                pattern[n]: f.alpha for n, f in mine.items() if f.alpha != alpha
+            },
+            f"{part}.target_modules": targets,
+        }
+    return content
+
+
+def _modules(path: Path, layers: Mapping[str, Factors]) -> dict[str, list[Factors | None]]:
+    modules: dict[str, list[Factors | None]] = {}
+    for layer, factors in layers.items():
+        name, place = kohya.module(_in_memory(layer))
+        if not name:
+            raise AdapterError(
+                f"{path}: kohya's layout has no name for {layer}; write diffusers' layout, or "
+                "leave the layer out"
+            )
+        modules.setdefault(name, [None] * len(kohya.parts(name)))[place] = factors
+    return modules
+
+
+def _in_file(path: Path, layer: str) -> str:
+    """CLIP's layers carry `text_model.` in files: old transformers need it, diffusers drops it."""
+    if not _known(layer) or layer.startswith(kohya.PREFIXES):
+        raise AdapterError(f"{path}: {layer} is no layer of {', '.join(PARTS)}")
+    part, _, rest = layer.partition(".")
+    if part == "text_encoder" and not rest.startswith("text_model."):
+        return f"{part}.text_model.{rest}"
+    return layer
+
+
+def _in_memory(name: str) -> str:
+    return re.sub(r"^text_encoder\.text_model\.", "text_encoder.", name)

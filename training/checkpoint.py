@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer
 
 from dermaflux import files
+from dermaflux import licence as licences
 from training import data
 from training.generator import Generator
 from training.words import save_clip, save_tokenizer
@@ -49,21 +50,18 @@ _SCHEDULER = {
 }
 
 
-# Data under these leaves the weights' licence to us; all but the first two are named beside it.
-_OPEN = frozenset({"CC0-1.0", "PDM", "CC-BY-4.0", "MIT", "Apache-2.0"})
-
-
 def licence(seen: Iterable[tuple[str, str]]) -> str:
     """The licence of weights from the (source, licence) pairs that they saw.
 
     Apache-2.0 where all of the data is open, its attribution standing with the ingredients; else
-    the first licence that is not, for what it asks of the data is not ours to lift.
+    all licences that are not (`A AND B`), for what they ask of the data is not ours to lift.
     """
     pairs = sorted(seen)
     for source, name in pairs:
         if not name.strip():
             return f"unknown: {source or 'the data'} states no licence"
-    return next((name for _, name in pairs if name not in _OPEN), "Apache-2.0")
+    terms = licences.combined(licences.Ingredient(source, name) for source, name in pairs)
+    return terms.licence or "Apache-2.0"
 
 
 def ingredients(seen: Iterable[tuple[str, str]], used_for: str) -> list[dict[str, str]]:

@@ -52,7 +52,8 @@ _DENIAL: Final = re.compile(
 )
 _DENIED_AFTER: Final = re.compile(
     r"^\W*(?:\w+ ){0,2}(?:(?:is|are|was|were|seems?|appears?) "
-    r"(?:\w+ ){0,2}?(?:not|unlikely|absent|excluded|ruled out|improbable)\b|unlikely\b)"
+    r"(?:\w+ ){0,2}?(?:not|unlikely|absent|excluded|ruled out|improbable)\b|unlikely\b|"
+    r"(?:cannot|can't) be (?:seen|found|observed|identified)\b)"
 )
 _OPEN: Final = re.compile(
     r"\b(?:criteri[ao]n?|rul(?:e|es|ing) out|to exclude|to confirm|to determine|whether|if|"
@@ -64,12 +65,9 @@ _BOTH: Final = re.compile(
     r"(?:or|and|vs\.?|versus|from|to) (?:a |an )?(?:non-?)?(?:benign|malignant|cancerous)\b"
 )
 _VERB: Final = re.compile(
-    r"\b(?:is|are|be|appears?|looks?|seems?|suggests?|indicates?|depicts?|shows?|likely|probably|"
-    r"consistent with|suggestive of|indicative of|concerning for)\b"
+    r"\b(?:is|are|appears?|looks?|seems?|suggests?|indicates?|depicts?|shows?|makes?|likely|probably)\b"
 )
-
-
-_FINITE: Final = re.compile(r"\b(?:is|are|appears?|looks?|seems?|suggests?|indicates?|makes?)\b")
+_AUXILIARY: Final = {"would", "may", "might", "could", "can", "often", "typically", "strongly"}
 
 
 def claims(text: str) -> dict[str, str]:
@@ -99,19 +97,22 @@ def _claim(clause: str, start: int, end: int) -> bool | None:
     if _OPEN.search(near):
         return None
     if denials := list(_DENIAL.finditer(near)):
-        return None if _begins_anew(near[denials[-1].end() :]) else False
+        # "absence of asymmetry suggests" says something new, "does not suggest" does not.
+        return None if _own_verb(near[denials[-1].end() :], subject=True) else False
     if _DENIED_AFTER.search(clause[end:]):
         return False
     # "lacks the smooth, even edges seen in benign moles" denies over a comma; a verb of its own,
     # as in "with no irregular border, the mole appears benign", begins anew.
-    if _DENIAL.search(clause[:start]) and not _VERB.search(near):
+    if _DENIAL.search(clause[:start]) and not _own_verb(near):
         return None
     return True
 
 
-def _begins_anew(words: str) -> bool:
-    """Whether a verb ends what a denial is about: "absence of asymmetry suggests", but neither
-    "does not suggest" nor "no features that suggest"."""
-    verb = _FINITE.search(words)
-    between = words[: verb.start()].split() if verb else []
-    return bool(between) and between[-1] not in ("that", "which")
+def _own_verb(words: str, subject: bool = False) -> bool:
+    """Whether words have a verb that belongs to no "that" or "which" before it; with `subject`,
+    one that has something to belong to."""
+    for verb in _VERB.finditer(words):
+        before = [word for word in words[: verb.start()].split() if word not in _AUXILIARY]
+        if (before or not subject) and before[-1:] not in (["that"], ["which"]):
+            return True
+    return False

@@ -14,7 +14,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -90,17 +90,7 @@ def run(folder: Path, asked: Captioner, part: tuple[int, int] | None = None) -> 
             f"none of {len(failures)} pictures could be captioned; {_first(failures)}"
         )
     if part is None:
-        # Read again: whoever changed the file during the days of a run keeps the change.
-        records = dataset.read(folder)
-        dataset.write(
-            folder,
-            (
-                asked.captioned(record, answers[record.file_name])
-                if record.file_name in answers
-                else record
-                for record in records
-            ),
-        )
+        _write(folder, records, asked, answers)
     for name, reason in list(failures.items())[:SHOWN]:
         print(f"failed: {name}: {reason}", file=sys.stderr)
     if len(failures) > SHOWN:
@@ -115,6 +105,22 @@ def run(folder: Path, asked: Captioner, part: tuple[int, int] | None = None) -> 
         "written": part is None,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _write(
+    folder: Path, records: Sequence[Record], asked: Captioner, answers: Mapping[str, Any]
+) -> None:
+    """All captions into `metadata.jsonl`, which is read again: whoever changed it during the days
+    of a run keeps the change, and a record that says another thing now is asked by the next run."""
+    then = {record.file_name: record for record in records}
+    written = []
+    for record in dataset.read(folder):
+        before, answer = then.get(record.file_name), answers.get(record.file_name)
+        if before is not None and answer is not None:
+            same = replace(before, text=record.text, more=record.more) == record
+            record = asked.captioned(record, answer) if same else record
+        written.append(record)
+    dataset.write(folder, written)
 
 
 def _answered(

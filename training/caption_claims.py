@@ -46,7 +46,8 @@ _BREAK: Final = re.compile(
 )
 _DENIAL: Final = re.compile(
     r"\b(?:no|not|never|without|neither|nor|none|nothing|cannot|absence of|absent|lacks?|lacking|"
-    r"free (?:of|from)|unlikely|less likely|rather than|instead of|as opposed to|unlike|"
+    r"free (?:of|from)|unlikely|less (?:likely|concerning|suspicious|suggestive|worrisome)|"
+    r"against|rather than|instead of|as opposed to|unlike|"
     r"low(?:er)? (?:suspicion|risk|likelihood|probability|concern)|excludes?|excluded|"
     r"rules? out|ruled out)\b|n't\b|\bnon-?$"
 )

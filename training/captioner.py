@@ -191,6 +191,12 @@ def opened(asking: Asking) -> tuple[Any, Any]:
     spread = {"device_map": "auto"} if asking.device == "auto" else {}
     with translated(EngineError, f"the captioner {asking.model} cannot be opened{_pickle(asking)}"):
         processor: Any = AutoProcessor.from_pretrained(asking.model, **where)
+        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+            raise EngineError(
+                f"the captioner {asking.model} has no processor for pictures and text, but a "
+                f"{type(processor).__name__}; give an image-text-to-text model with its "
+                "preprocessor_config.json"
+            )
         model: Any = AutoModelForImageTextToText.from_pretrained(
             asking.model,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),

@@ -32,6 +32,8 @@ BENIGN_TEXTS = (
     "Only a biopsy tells if a mole is benign or malignant.",
     "The ABCDE criteria for melanoma are not met.",
     "Seborrhoeic keratosis with a waxy surface.",
+    "The mole's even color makes it less concerning for skin cancer.",
+    "The symmetry argues against malignancy.",
     "The mole is brown.",
 )
 MALIGNANT_TEXTS = (

@@ -308,3 +308,12 @@ def test_a_model_that_is_not_there_is_named(
     error = capsys.readouterr().err
     assert "no-such-model" in error
     assert "--download" in error
+
+
+def test_a_model_without_a_processor_is_refused(folder: Path, mllama: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(mllama, tmp_path / "other")
+    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.jinja"):
+        (other / name).unlink(missing_ok=True)
+    captioner = VisionCaptioner(folder, Asking(str(other), device="cpu"))
+    with pytest.raises(EngineError, match="other"):
+        captioner.answer([Picture(dataset.read(folder)[0], "a")])

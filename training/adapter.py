@@ -30,7 +30,9 @@ from training import kohya, tensors
 from training.factors import AdapterError, Factors
 from training.tensors import Entry, TensorFile
 
-__all__ = ["PARTS", "Adapter", "AdapterError", "Factors", "opened", "read", "write"]
+__all__ = [
+    "PARTS", "Adapter", "AdapterError", "Factors", "Lazy", "Opened", "opened", "read", "write",
+]  # fmt: skip
 
 PARTS: Final = ("transformer", "text_encoder", "text_encoder_2")
 LAYOUTS: Final = ("diffusers", "kohya")
@@ -67,6 +69,13 @@ class Adapter:
     about: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Opened(Adapter):
+    """An adapter whose layers stay in their file."""
+
+    layers: Lazy
+
+
 def read(path: Path) -> Adapter:
     """Read an adapter into memory: float32 factors, whatever the file's type.
 
@@ -78,7 +87,7 @@ def read(path: Path) -> Adapter:
     return Adapter(dict(lazy.layers.items()), lazy.about)
 
 
-def opened(path: Path) -> Adapter:
+def opened(path: Path) -> Opened:
     """As `read`, but each layer is read from the file whenever it is asked for.
 
     Names, shapes and alphas are checked now, numbers when they are read. The file must stay.
@@ -97,7 +106,7 @@ def opened(path: Path) -> Adapter:
         layers = _kohya(file, sources) if names else _diffusers(file, sources)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise AdapterError(f"{path}: its metadata cannot be used: {error}") from error
-    return Adapter(layers, about)
+    return Opened(layers, about)
 
 
 def write(path: Path, adapter: Adapter, layout: str = "diffusers") -> None:
@@ -146,8 +155,8 @@ class _Source:
     rows: int
 
 
-class _Layers(Mapping[str, Factors]):
-    """Layers that are read when asked for: each is a part of a source, with an alpha."""
+class Lazy(Mapping[str, Factors]):
+    """The layers of a file, each read when asked for: a part of a source, with an alpha."""
 
     def __init__(
         self, file: TensorFile, places: Mapping[str, tuple[_Source, float, int, Sequence[int]]]
@@ -169,6 +178,14 @@ class _Layers(Mapping[str, Factors]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def shape(self, layer: str) -> tuple[int, int]:
+        """The shape of a layer's delta, [out, in], from the file's header alone."""
+        source, _, place, _ = self._places[layer]
+        width = self._file.entries[source.down].shape[1]
+        if not source.name.startswith(kohya.PREFIXES):
+            return source.rows, width
+        return kohya.sizes(source.name, source.rows)[place], width
 
     def _number(self, key: str) -> Tensor:
         tensor = self._file.read(key).float()
@@ -244,7 +261,7 @@ def _known(name: str) -> bool:
     return part in PARTS and bool(rest)
 
 
-def _kohya(file: TensorFile, sources: Mapping[str, _Source]) -> _Layers:
+def _kohya(file: TensorFile, sources: Mapping[str, _Source]) -> Lazy:
     told = json.loads(file.metadata.get(_RANKS, "{}"))
     places: dict[str, tuple[_Source, float, int, Sequence[int]]] = {}
     for name, source in sources.items():
@@ -255,10 +272,10 @@ def _kohya(file: TensorFile, sources: Mapping[str, _Source]) -> _Layers:
         for place, layer in enumerate(layers):
             if not ranks or ranks[place]:
                 places[layer] = (source, _alpha(file, source), place, ranks)
-    return _Layers(file, places)
+    return Lazy(file, places)
 
 
-def _diffusers(file: TensorFile, sources: Mapping[str, _Source]) -> _Layers:
+def _diffusers(file: TensorFile, sources: Mapping[str, _Source]) -> Lazy:
     told = json.loads(file.metadata.get(_PEFT, "null")) or {}
     places: dict[str, tuple[_Source, float, int, Sequence[int]]] = {}
     for name, source in sources.items():
@@ -271,7 +288,7 @@ def _diffusers(file: TensorFile, sources: Mapping[str, _Source]) -> _Layers:
                 # Rank-stabilised LoRA divides by the root of the rank (arXiv 2312.03732).
                 alpha *= source.rank**0.5
         places[_in_memory(name)] = (source, alpha, 0, ())
-    return _Layers(file, places)
+    return Lazy(file, places)
 
 
 def _alpha(file: TensorFile, source: _Source) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import math
 import signal
 import sys
@@ -40,6 +41,8 @@ from training import adapter, merge_files, merge_terms, tensors
 from training.adapter import PARTS, AdapterError, Opened
 from training.merge_terms import Source
 from training.tensors import Entry, TensorFile
+
+logger = logging.getLogger(__name__)
 
 DTYPES: Final[Mapping[str, str | None]] = {
     "keep": None,
@@ -93,10 +96,16 @@ def merge(settings: Settings) -> dict[str, Any]:
         Source(path, _sha256(path), weight, len(one.layers), one.about)
         for (path, weight), (one, _) in zip(loaded, opened, strict=True)
     ]
-    ingredients = merge_terms.of_base(base)[1] + [one for s in sources for one in s.ingredients]
-    terms = licences.require(
-        ingredients, settings.use, settings.accepted, name=settings.out.resolve().name
-    )
+    name, trained_on = settings.out.resolve().name, str(base.provenance["name"])
+    ingredients = merge_terms.of_base(base)[1]
+    for source in sources:
+        ingredients += source.ingredients(trained_on)
+        if source.about.get("base", trained_on) != trained_on:
+            logger.warning(
+                "%s was trained on %s, and is merged into %s",
+                source.name, source.about["base"], trained_on,
+            )  # fmt: skip
+    terms = licences.require(ingredients, settings.use, settings.accepted, name=name)
     plan = _plan(settings.base, opened, settings.scale)
     copied, left_out = merge_files.others(settings.base)
     entries = {file: _entries(settings, file) for file in copied if file.suffix == ".safetensors"}
@@ -104,7 +113,6 @@ def merge(settings: Settings) -> dict[str, Any]:
     merge_files.room(settings.out, sum(size.values()))
     asked = {"scale": settings.scale, "dtype": settings.dtype, "use": settings.use}
     asked |= {"accepted_licences": list(settings.accepted)}
-    name = settings.out.resolve().name
     content = merge_terms.provenance(name, base, sources, terms, asked)
     with (
         merge_files.staged(settings.out) as folder,
@@ -333,6 +341,7 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status."""
     settings = _settings(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -1,9 +1,10 @@
 """What a merged checkpoint is made of, and under which terms: its `provenance.json`.
 
-An adapter says in its file's metadata what it saw: `ingredients` (or `licences`), a JSON list of
-objects with `name` and `licence` or of pairs (source, licence), and `licence` where it has one of
-its own. A base says it in `provenance.json`, or, as downloaded, in its card's header (`README.md`).
-Who says nothing is taken at that: no licence, which allows nothing.
+An adapter says in its file's metadata what it saw: `data` (or `licences`), a JSON list of objects
+with `source` (or `name`) and `licence`, or of pairs; `base` and `base_licence`, since it is made of
+the base that it was trained on, whatever it is merged into; and `licence` where it has one of its
+own. A base says it in `provenance.json`, or, as downloaded, in its card's header (`README.md`). Who
+says nothing is taken at that: no licence, which allows nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dermaflux.checkpoint import UNKNOWN_LICENCE, Checkpoint
 from dermaflux.licence import Ingredient, Terms
 from training.factors import AdapterError
 
-_KEYS = ("ingredients", "licences")
+_KEYS = ("data", "licences", "ingredients")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The file's name, or its folder's where the trainer gives all files the same one."""
+        """Its own name, else the file's, or its folder's where trainers name all files alike."""
+        if self.about.get("name"):
+            return self.about["name"]
         same = ("adapter", "pytorch_lora_weights")
         path = self.path.resolve()
         return path.parent.name if path.stem in same else path.stem
@@ -47,28 +50,36 @@ class Source:
         """`about`, with JSON read where it is some."""
         return {key: _parsed(text) for key, text in sorted(self.about.items())}
 
-    @property
-    def ingredients(self) -> list[Ingredient]:
-        """What it saw, and itself where it says no more, or has a licence of its own.
+    def ingredients(self, base: str) -> list[Ingredient]:
+        """What it is made of, merged into the base of that name: its own base, itself where it has
+        a licence of its own or tells of no data, and its data.
 
         Raises:
-            AdapterError: its list of ingredients is none.
+            AdapterError: its list of data is none.
         """
         saw = [Ingredient.of(entry) for entry in self._saw()]
-        own = str(self.about.get("licence", ""))
-        if saw and not own:
-            return saw
-        return [Ingredient(self.name, own, str(self.about.get("author", "")), "weights"), *saw]
+        # Stability AI's ModelSpec, which kohya's trainer fills in, spells it so.
+        own = str(self.about.get("licence") or self.about.get("modelspec.license") or "")
+        if own or not saw:
+            saw.insert(0, Ingredient(self.name, own, str(self.about.get("author", "")), "weights"))
+        if "base_licence" in self.about:
+            name = self.about.get("base", "its base")
+            one = Ingredient(name, self.about["base_licence"], name, "weights")
+            # What is merged into says its own licence, perhaps better than its trainer knew it.
+            if name != base or all(licence.known for licence in one.licences):
+                saw.insert(0, one)
+        return saw
 
     def _saw(self) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = []
-        for entry in next((_parsed(self.about[k]) for k in _KEYS if k in self.about), []):
+        lists = [_parsed(self.about.get(key, "")) for key in _KEYS]
+        for entry in (entry for one in lists if isinstance(one, list) for entry in one):
             if isinstance(entry, list | tuple) and len(entry) == 2:
                 entry = {"name": entry[0], "attribution": entry[0], "licence": entry[1]}
             if not isinstance(entry, dict) or "licence" not in entry:
                 raise AdapterError(
                     f"{self.path}: its metadata names an ingredient {entry!r}; needed are objects "
-                    "with name and licence, or pairs of source and licence"
+                    "with source and licence, or pairs of them"
                 )
             found.append(entry)
         return found
@@ -104,12 +115,13 @@ def provenance(
     ingredients = list(base.provenance.get("ingredients", ()))
     if not base.provenance.get("ingredients"):
         ingredients.append(_entry(own[0]))
+    base_name = str(base.provenance["name"])
     for source in sources:
-        ingredients += [_entry(one) for one in source.ingredients]
+        ingredients += [_entry(one) for one in source.ingredients(base_name)]
     told = [str(one.about["wording"]) for one in sources if one.about.get("wording")]
     content: dict[str, Any] = {
         "name": name,
-        "base": str(base.provenance["name"]),
+        "base": base_name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         # Who gives a base without wording an adapter that has one is asked in that.
         "wording": base.provenance.get("wording") or (told[0] if len(set(told)) == 1 else None),

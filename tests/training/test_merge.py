@@ -24,8 +24,8 @@ from training.adapter import Adapter, Factors
 from training.merge import Settings
 
 ABOUT = {
-    "licences": json.dumps([["HAM10000", "CC-BY-NC-4.0"]]),
-    "data": json.dumps({"sha256": "ab" * 32}),
+    "data": json.dumps([{"source": "HAM10000", "licence": "CC-BY-NC-4.0"}]),
+    "data_sha256": "ab" * 32,
     "settings": json.dumps({"rank": 2, "rate": 1e-4}),
 }
 Q = "transformer.transformer_blocks.0.attn.to_q"
@@ -223,7 +223,7 @@ def test_provenance(base, tmp_path):
     (one,) = stated["adapters"]
     assert (one["name"], one["weight"], one["layers"]) == ("melanoma", 0.5, 1)
     assert one["sha256"] == hashlib.sha256(run.read_bytes()).hexdigest()
-    assert one["about"]["data"] == {"sha256": "ab" * 32}
+    assert one["about"]["data_sha256"] == "ab" * 32
     assert one["about"]["settings"] == {"rank": 2, "rate": 1e-4}
     assert {"name": "HAM10000", "licence": "CC-BY-NC-4.0"}.items() <= stated["ingredients"][
         -1
@@ -269,6 +269,29 @@ def test_licences_that_forbid_it(base, tmp_path):
     with pytest.raises(DermaFluxError, match="begins with 'Llama', not c"):
         merged(base, tmp_path / "c", (llama, 1.0))
     merged(base, tmp_path / "Llama-c", (llama, 1.0))
+
+
+def test_an_adapter_is_made_of_the_base_that_it_was_trained_on(base, tmp_path, caplog):
+    given = drawn(base, only=Q)
+
+    def made(name: str, **about: str) -> dict:
+        file = saved(tmp_path / f"{name}.safetensors", Adapter(given.layers, ABOUT | about))
+        return merged(base, tmp_path / f"out-{name}", (file, 1.0))
+
+    told = made("a", base="FLUX.1-dev", base_licence="flux-1-dev-non-commercial-license")
+    assert told["licence"] == "LicenseRef-FLUX.1-dev-NC AND CC-BY-NC-4.0"
+    assert "a was trained on FLUX.1-dev, and is merged into tiny" in caplog.text
+    caplog.clear()
+    with pytest.raises(DermaFluxError, match=r"other \(unknown\) states no licence"):
+        made("b", base="other", base_licence="unknown: nobody knows")
+    assert made("c", base="tiny", base_licence="unknown")["licence"] == "CC-BY-NC-4.0"
+    assert made("d", base="tiny", base_licence="Apache-2.0", data="[]", licence="MIT")["uses"] == [
+        "private", "research", "commercial",
+    ]  # fmt: skip
+    with pytest.raises(DermaFluxError, match=r"e \(unknown\) states no licence"):
+        made("e", base="tiny", base_licence="Apache-2.0", data="[]")
+    with pytest.raises(DermaFluxError, match="names an ingredient 'HAM'; needed are objects"):
+        made("f", data='["HAM"]')
 
 
 def test_layers_that_do_not_fit_are_listed(base, tmp_path):

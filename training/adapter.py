@@ -26,7 +26,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from training import kohya, tensors
+from training import adapter_keys, kohya, tensors
+from training.adapter_keys import PARTS, Source
 from training.factors import AdapterError, Factors
 from training.tensors import Entry, TensorFile
 
@@ -34,7 +35,6 @@ __all__ = [
     "PARTS", "Adapter", "AdapterError", "Factors", "Lazy", "Opened", "opened", "read", "write",
 ]  # fmt: skip
 
-PARTS: Final = ("transformer", "text_encoder", "text_encoder_2")
 LAYOUTS: Final = ("diffusers", "kohya")
 
 _PEFT: Final = "lora_adapter_metadata"
@@ -42,23 +42,6 @@ _PEFT: Final = "lora_adapter_metadata"
 _RANKS: Final = "dermaflux.ranks"
 """Ranks of the parts of each block-diagonal module, as JSON; only kohya's layout has such."""
 _OWN: Final = (_PEFT, _RANKS, "format")
-
-_KEY: Final = re.compile(
-    r"(?P<name>.+?)\.(?:(?P<down>lora_A(?:\.default)?|lora_down)\.weight"
-    r"|(?P<up>lora_B(?:\.default)?|lora_up)\.weight|(?P<alpha>alpha))"
-)
-# What stands in files that are no plain LoRA, and what to do about it.
-_REFUSED: Final[Mapping[str, str]] = {
-    r"dora_scale|lora_magnitude_vector": "DoRA scales each column of the merged weight, which no "
-    "low-rank term does; train without DoRA",
-    r"\.lokr_|\.hada_|\.oft_|\.boft_|\.ia3_|\.lora_mid": "it is a LyCORIS adapter of another kind "
-    "(LoKr, LoHa, OFT, CP); train a plain LoRA, or extract one from the merged model",
-    r"\.diff(_b)?$|\.set_weight$|\.reshape_weight$|_norm\.scale$": "it replaces biases or norms "
-    "beside its low-rank factors; train with the layers' weights alone",
-    r"lora_[AB]\.bias$": "it trained biases too; train with lora_bias off",
-    r"processor\.|^base_model\.|^diffusion_model\.|^lora_transformer_": "it is another trainer's "
-    "layout; convert it with diffusers: save FluxPipeline.lora_state_dict(FILE) with safetensors",
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,7 @@ def opened(path: Path) -> Opened:
         file = TensorFile.open(path)
     except tensors.WeightsError as error:
         raise AdapterError(f"{error}") from error
-    sources = _sources(file)
+    sources = adapter_keys.sources(file)
     names = [name for name in sources if name.startswith(kohya.PREFIXES)]
     if names and len(names) < len(sources):
         other = next(name for name in sources if name not in names)
@@ -143,23 +126,11 @@ def write(path: Path, adapter: Adapter, layout: str = "diffusers") -> None:
     tensors.write(path, entries, content.__getitem__, {"format": "pt", **about})
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The keys of one layer or module in a file."""
-
-    name: str
-    down: str
-    up: str
-    alpha: str | None
-    rank: int
-    rows: int
-
-
 class Lazy(Mapping[str, Factors]):
     """The layers of a file, each read when asked for: a part of a source, with an alpha."""
 
     def __init__(
-        self, file: TensorFile, places: Mapping[str, tuple[_Source, float, int, Sequence[int]]]
+        self, file: TensorFile, places: Mapping[str, tuple[Source, float, int, Sequence[int]]]
     ) -> None:
         self._file = file
         self._places = places
@@ -197,73 +168,9 @@ class Lazy(Mapping[str, Factors]):
         return tensor
 
 
-def _sources(file: TensorFile) -> dict[str, _Source]:
-    keys: dict[str, dict[str, str]] = {}
-    for key in file.entries:
-        for pattern, remedy in _REFUSED.items():
-            if re.search(pattern, key):
-                raise AdapterError(f"{file.path} has the key {key}: {remedy}")
-        match = _KEY.fullmatch(key)
-        if match is None or not _known(match["name"]):
-            raise AdapterError(
-                f"{file.path} has the key {key}, which is no LoRA factor of a FLUX.1 pipeline; "
-                "needed are transformer.LAYER.lora_A.weight and .lora_B.weight (diffusers), or "
-                "lora_unet_MODULE.lora_down.weight and .lora_up.weight (kohya)"
-            )
-        kind = str(match.lastgroup)
-        if kind in keys.setdefault(match["name"], {}):
-            raise AdapterError(f"{file.path} has two keys for {kind} of {match['name']}: {key}")
-        keys[match["name"]][kind] = key
-    if not keys:
-        raise AdapterError(f"{file.path} has no tensors, so it is no adapter")
-    return {name: _source(file, name, found) for name, found in sorted(keys.items())}
-
-
-def _source(file: TensorFile, name: str, keys: Mapping[str, str]) -> _Source:
-    kohyas = name.startswith(kohya.PREFIXES)
-    for kind, theirs, ours in (("down", "lora_down", "lora_A"), ("up", "lora_up", "lora_B")):
-        if kind not in keys:
-            raise AdapterError(
-                f"{file.path} lacks {name}.{theirs if kohyas else ours}.weight, but has "
-                f"{', '.join(keys.values())}; it was cut or damaged: get it again"
-            )
-    down, up = file.entries[keys["down"]], file.entries[keys["up"]]
-    alpha = keys.get("alpha")
-    for key in (keys["down"], keys["up"]):
-        if file.entries[key].dtype not in ("F64", "F32", "F16", "BF16"):
-            raise AdapterError(
-                f"{file.path}: {key} is {file.entries[key].dtype}; use float32, float16 or bfloat16"
-            )
-    if len(down.shape) != 2 or len(up.shape) != 2:
-        raise AdapterError(
-            f"{file.path}: {name} has factors of shape {down.shape} and {up.shape}; FLUX.1 has "
-            "linear layers only, whose factors have two dimensions"
-        )
-    if down.shape[0] != up.shape[1] or not down.shape[0]:
-        raise AdapterError(
-            f"{file.path}: the ranks of {name} differ: {keys['down']} has {down.shape[0]} rows, "
-            f"{keys['up']} has {up.shape[1]} columns; the file is damaged: get it again"
-        )
-    if alpha and file.entries[alpha].shape not in ((), (1,)):
-        raise AdapterError(f"{file.path}: {alpha} needs one number")
-    if kohyas and not kohya.sizes(name, up.shape[0]):
-        raise AdapterError(
-            f"{file.path}: {keys['up']} has {up.shape[0]} rows, which cannot be shared out among "
-            f"{', '.join(kohya.parts(name))}; it is of another model than FLUX.1"
-        )
-    return _Source(name, keys["down"], keys["up"], alpha, down.shape[0], up.shape[0])
-
-
-def _known(name: str) -> bool:
-    if name.startswith(kohya.PREFIXES):
-        return bool(kohya.parts(name))
-    part, _, rest = name.partition(".")
-    return part in PARTS and bool(rest)
-
-
-def _kohya(file: TensorFile, sources: Mapping[str, _Source]) -> Lazy:
+def _kohya(file: TensorFile, sources: Mapping[str, Source]) -> Lazy:
     told = json.loads(file.metadata.get(_RANKS, "{}"))
-    places: dict[str, tuple[_Source, float, int, Sequence[int]]] = {}
+    places: dict[str, tuple[Source, float, int, Sequence[int]]] = {}
     for name, source in sources.items():
         layers = kohya.parts(name)
         ranks = [int(one) for one in told.get(name, ())]
@@ -275,9 +182,9 @@ def _kohya(file: TensorFile, sources: Mapping[str, _Source]) -> Lazy:
     return Lazy(file, places)
 
 
-def _diffusers(file: TensorFile, sources: Mapping[str, _Source]) -> Lazy:
+def _diffusers(file: TensorFile, sources: Mapping[str, Source]) -> Lazy:
     told = json.loads(file.metadata.get(_PEFT, "null")) or {}
-    places: dict[str, tuple[_Source, float, int, Sequence[int]]] = {}
+    places: dict[str, tuple[Source, float, int, Sequence[int]]] = {}
     for name, source in sources.items():
         alpha = _alpha(file, source)
         part, _, rest = name.partition(".")
@@ -291,7 +198,7 @@ def _diffusers(file: TensorFile, sources: Mapping[str, _Source]) -> Lazy:
     return Lazy(file, places)
 
 
-def _alpha(file: TensorFile, source: _Source) -> float:
+def _alpha(file: TensorFile, source: Source) -> float:
     """The file's alpha; the rank where none is told, as every loader takes it."""
     if source.alpha is None:
         return float(source.rank)
@@ -353,7 +260,7 @@ def _modules(path: Path, layers: Mapping[str, Factors]) -> dict[str, list[Factor
 
 def _in_file(path: Path, layer: str) -> str:
     """CLIP's layers carry `text_model.` in files: old transformers need it, diffusers drops it."""
-    if not _known(layer) or layer.startswith(kohya.PREFIXES):
+    if not adapter_keys.known(layer) or layer.startswith(kohya.PREFIXES):
         raise AdapterError(f"{path}: {layer} is no layer of {', '.join(PARTS)}")
     part, _, rest = layer.partition(".")
     if part == "text_encoder" and not rest.startswith("text_model."):

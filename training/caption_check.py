@@ -10,7 +10,8 @@ Kinds of problems:
 * `identical`: one text stands for more than a share of all groups (patients or lesions);
 * `loop`: words repeated on end, as a model does that has lost its way;
 * `prompt`: the text repeats the question;
-* `markup`: special tokens of a chat in the text;
+* `markup`: special tokens of a chat, or letters that are none, in the text;
+* `cut`: the model was stopped by its number of tokens before it came to an end;
 * `refusal`: the model says that it will not or cannot.
 
     >>> problems([Record("7.jpg", "benign", text="This is melanoma.")], {})
@@ -33,7 +34,8 @@ from training.caption_claims import claims
 from training.caption_text import BLIND_PROMPT, PROMPT
 
 KINDS: Final = (
-    "empty", "contradiction", "clip", "t5", "identical", "loop", "prompt", "markup", "refusal",
+    "empty", "contradiction", "clip", "t5", "identical", "loop", "prompt", "markup", "cut",
+    "refusal",
 )  # fmt: skip
 IDENTICAL: Final = 0.1
 """Share of groups from which one text for many is a problem. Our choice: attribute captions have
@@ -47,7 +49,7 @@ _LOOP: Final = 3  # times on end; "very, very" is English, "the the the" is not
 _LETTERS: Final = re.compile(r"([^\s.])\1{9}")
 _MARKUP: Final = re.compile(
     r"<\|[^|<>]*\|>|</?(?:image|s|start_of_turn|end_of_turn|eos|bos|pad|unk)>|\[/?INST\]|"
-    r"^\s*(?:assistant|user|system)\s*[:\n]",
+    r"^\s*(?:assistant|user|system)\s*[:\n]|[\ufffd\x00-\x08\x0b-\x1f]",
     re.IGNORECASE,
 )
 _REFUSAL: Final = re.compile(
@@ -151,7 +153,11 @@ def _of_one(record: Record, tokenizers: Mapping[str, Tokens]) -> Iterator[Proble
     if asked := _asked(record):
         yield problem("prompt", f"the text has {asked!r}")
     if markup := _MARKUP.search(text):
-        yield problem("markup", f"the text has {markup[0].strip()!r}")
+        yield problem("markup", f"the text has {markup[0]!r}")
+    told = record.more.get("caption")
+    decoding = told.get("decoding") if isinstance(told, Mapping) else None
+    if isinstance(decoding, Mapping) and decoding.get("cut"):
+        yield problem("cut", f"the text ends in {text[-20:]!r}; caption it with more --max-tokens")
     if refusal := _REFUSAL.search(text.lower().replace("\u2019", "'")):
         yield problem("refusal", f"the text has {refusal[0]!r}")
 

@@ -107,8 +107,9 @@ class Journal:
             self._stream.write("".join(line.to_json() for line in lines).encode())
             self._stream.flush()
             os.fsync(self._stream.fileno())
-        except OSError:
+        except OSError as error:
             os.ftruncate(self._stream.fileno(), whole)
+            error.filename = str(self.file)
             raise
         self._answers |= {line.key: line.answer for line in lines if line.answer is not None}
 

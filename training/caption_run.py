@@ -120,7 +120,11 @@ def _write(
             same = replace(before, text=record.text, more=record.more) == record
             record = asked.captioned(record, answer) if same else record
         written.append(record)
-    dataset.write(folder, written)
+    try:
+        dataset.write(folder, written)
+    except OSError as error:
+        error.filename = error.filename or str(folder / dataset.METADATA)
+        raise
 
 
 def _answered(

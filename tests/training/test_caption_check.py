@@ -101,6 +101,7 @@ def test_a_clause_says_one_thing_and_the_next_another() -> None:
          "color. It is round.", "prompt"),
         ("This is an image containing a benign lesion. It is round.", "prompt"),
         ("<|eot_id|>The mole is round.", "markup"),
+        ("The mole is \ufffd round.", "markup"),
         ("assistant\n\nThe mole is round.", "markup"),
         ("I'm sorry, but I can't help with that.", "refusal"),
         ("I\u2019m unable to give medical advice.", "refusal"),
@@ -129,6 +130,13 @@ def test_the_prompt_that_was_asked_counts() -> None:
     told = Record("7.jpg", "benign", text=record.text, more=more)
     assert [one.kind for one in problems([told], {})] == ["prompt"]
     assert "{label}" in PROMPT
+
+
+def test_a_text_without_an_end_is_told() -> None:
+    for cut in (True, False):
+        more = {"caption": {"decoding": {"cut": cut}}}
+        found = problems([Record("7.jpg", "benign", text="The mole is", more=more)], {})
+        assert [one.kind for one in found] == ["cut"] * cut
 
 
 def test_one_text_for_many_lesions_is_a_problem_and_for_one_lesion_is_none() -> None:

@@ -141,7 +141,9 @@ def read(folder: Path) -> list[Record]:
             f"{folder} is no dataset: it has no {METADATA}; make one with python -m training.data "
             "import"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{file} is not UTF-8 ({error}); save it so") from error
+    except OSError as error:
         raise DatasetError(f"{file} cannot be read: {error}") from error
     records: list[Record] = []
     first: dict[str, int] = {}

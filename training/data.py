@@ -3,14 +3,22 @@
 Two layouts are read: the project's own `dataset/` (imagefolder with `metadata.jsonl`) and a folder
 with `metadata.csv` whose columns name the measured attributes (`image, label, diagnosis, split,
 group, asymmetry_word, ...`).
+
+    >>> samples = read(Path("datasets/ham10000"), "train")
+    >>> load_images(samples, 224).shape
+    (5553, 224, 224, 3)
+
+As a command it makes datasets and looks after them (`training.curate`):
+
+    python -m training.data import ham10000 HAM10000 --out datasets/ham10000
+    python -m training.data check datasets/ham10000
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dermaflux import dataset
+from dermaflux.dataset import Record
 from dermaflux.errors import DatasetError
-from dermaflux.prompt import DIAGNOSES, Lesion
+from dermaflux.prompt import Lesion
+from training import measured
 
 __all__ = [
     "DatasetError",
@@ -32,6 +43,7 @@ __all__ = [
     "load_mask",
     "positive",
     "read",
+    "records",
 ]
 
 
@@ -51,25 +63,7 @@ class Sample:
     licence: str
     confirmed: str = ""
     mask: Path | None = None
-
-
-_SIZES = {
-    "small in the field": "small",
-    "medium in the field": "medium",
-    "large in the field": "large",
-    "reaches the image edge": "edge",
-}
-_STRUCTURES = {
-    "t2_pigment_network": "pigment network",
-    "t2_negative_network": "negative network",
-    "t2_streaks": "streaks",
-    "t2_milia_like_cyst": "milia-like cysts",
-    "t2_globules": "globules",
-}
-_DIAGNOSES = {
-    "melanocytic nevus": "nevus",
-    "actinic keratosis / Bowen's disease": "actinic keratosis",
-}
+    attribution: str = ""
 
 
 def read(folder: Path, split: str | None = None) -> list[Sample]:
@@ -78,89 +72,44 @@ def read(folder: Path, split: str | None = None) -> list[Sample]:
     Raises:
         DatasetError: no metadata file, a missing column, an unknown word, or no sample left.
     """
-    try:
-        samples = _rows(folder)
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{folder}: its metadata is not UTF-8 ({error}); save it so") from error
-    except csv.Error as error:
-        raise DatasetError(f"{folder}/metadata.csv is no CSV: {error}") from error
-    samples = [sample for sample in samples if split is None or sample.split == split]
+    samples = [
+        _sample(folder, record)
+        for record in records(folder)
+        if split is None or record.split == split
+    ]
     if not samples:
         raise DatasetError(f"{folder} has no sample in split {split!r}")
     return samples
 
 
-def _rows(folder: Path) -> list[Sample]:
-    if (folder / "metadata.jsonl").is_file():
-        with (folder / "metadata.jsonl").open(encoding="utf-8") as lines:
-            return [
-                _from_json(folder, line, number)
-                for number, line in enumerate(lines, 1)
-                if line.strip()
-            ]
-    if (folder / "metadata.csv").is_file():
-        with (folder / "metadata.csv").open(encoding="utf-8", newline="") as lines:
-            return [
-                _from_csv(folder, row, number)
-                for number, row in enumerate(csv.DictReader(lines), 2)
-            ]
+def records(folder: Path) -> list[Record]:
+    """The records of a folder in either layout.
+
+    Raises:
+        DatasetError: it has neither, or a line that is no record.
+    """
+    if (folder / dataset.METADATA).is_file():
+        return dataset.read(folder)
+    if (folder / measured.METADATA).is_file():
+        return measured.read(folder)
     raise DatasetError(
-        f"{folder} is no dataset: it has neither metadata.jsonl nor metadata.csv; "
-        "give the folder that holds one of them"
+        f"{folder} is no dataset: it has neither {dataset.METADATA} nor {measured.METADATA}; "
+        "give the folder that holds one of them, or make one with python -m training.data import"
     )
 
 
-def _from_json(folder: Path, line: str, number: int) -> Sample:
-    try:
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError(f"needs an object, not {line.strip()[:40]}")
-        lesion = Lesion.from_mapping(
-            {name: row.get(name) for name in Lesion.__dataclass_fields__ if row.get(name)}
-        )
-        return Sample(
-            file=folder / str(row["file_name"]),
-            lesion=lesion,
-            split=str(row.get("split", "train")),
-            group=str(row.get("group", row["file_name"])),
-            source=str(row.get("source", "")),
-            licence=str(row.get("licence", "")),
-        )
-    except (KeyError, ValueError) as error:
-        raise DatasetError(f"{folder}/metadata.jsonl, line {number}: {error}") from error
-
-
-def _from_csv(folder: Path, row: dict[str, str], number: int) -> Sample:
-    try:
-        if None in row.values():
-            raise ValueError(f"ends after {sum(v is not None for v in row.values())} fields; "
-                             f"the header has {len(row)}")  # fmt: skip
-        diagnosis = _DIAGNOSES.get(row["diagnosis"], row["diagnosis"])
-        lesion = Lesion(
-            label=row["label"],
-            diagnosis=diagnosis if diagnosis in DIAGNOSES else None,
-            asymmetry=row["asymmetry_word"] or None,
-            border=row["border_word"].removesuffix(" border") or None,
-            colors=tuple(word for word in row["color_words"].split(", ") if word),
-            size=_SIZES[row["size_word"]] if row["size_word"] else None,
-            structures=tuple(
-                word
-                for column, word in _STRUCTURES.items()
-                if row.get(column) not in (None, "", "0", "0.0")
-            ),
-        )
-        return Sample(
-            file=folder / row["image"],
-            lesion=lesion,
-            split=row["split"],
-            group=row["group"],
-            source=row["source"],
-            licence=row["license"],
-            confirmed=row.get("dx_type", ""),
-            mask=folder / row["mask"] if row.get("mask") else None,
-        )
-    except (KeyError, ValueError) as error:
-        raise DatasetError(f"{folder}/metadata.csv, line {number}: {error}") from error
+def _sample(folder: Path, record: Record) -> Sample:
+    return Sample(
+        file=folder / record.file_name,
+        lesion=record.lesion,
+        split=record.split,
+        group=record.group,
+        source=record.source,
+        licence=record.licence,
+        confirmed=record.confirmed,
+        mask=folder / record.mask if record.mask else None,
+        attribution=record.attribution,
+    )
 
 
 def load_images(samples: Sequence[Sample], size: int, threads: int = 2) -> NDArray[np.uint8]:
@@ -227,3 +176,9 @@ def count(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+if __name__ == "__main__":
+    from training.curate import main
+
+    sys.exit(main())

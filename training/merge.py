@@ -245,15 +245,14 @@ def _write(
         tensor = file.read(name)
         stored = tensors.DTYPES[entries[name].dtype]
         if name in plan:
-            total = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
+            # The stored tensor is let go, so that a sum has but one beside it.
+            tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
             for term in plan[name]:
                 factors = term.adapter.layers[term.layer]
-                up, down = factors.up.to(total.dtype), factors.down.to(total.dtype)
-                total.addmm_(up, down, alpha=factors.scale * term.weight)
-            tensor = total
-        if tensor.dtype != stored:
-            tensor = tensor.to(stored)
-        if (name in plan or stored == torch.float16) and not bool(torch.isfinite(tensor).all()):
+                up, down = factors.up.to(tensor.dtype), factors.down.to(tensor.dtype)
+                tensor.addmm_(up, down, alpha=factors.scale * term.weight)
+        tensor = tensor.to(stored)
+        if (name in plan or stored == torch.float16) and not _finite(tensor):
             raise AdapterError(
                 f"{name} does not fit {stored} after merging; use --dtype bf16 or fp32, or a "
                 "smaller --scale"
@@ -262,6 +261,11 @@ def _write(
         return tensor
 
     tensors.write(target, entries, content, file.metadata)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all numbers are, without the temporary tensors that torch.isfinite would take."""
+    return not tensor.numel() or all(math.isfinite(one) for one in torch.aminmax(tensor))
 
 
 def _size(file: Path, entries: tuple[Mapping[str, Entry], bool] | None) -> int:

@@ -133,6 +133,39 @@ def test_the_merged_pipeline_moves_as_base_and_adapter_do(base, tmp_path):
     torch.testing.assert_close(after, together, rtol=1e-3, atol=1e-4)
 
 
+def test_the_exported_bundle_is_base_and_adapter(tiny_checkpoint, tmp_path):
+    from diffusers import FluxPipeline
+
+    from dermaflux.bundle import Bundle
+    from dermaflux.checkpoint import Checkpoint
+    from dermaflux.engines import ORT, choose, load
+    from export.__main__ import main as export
+    from export.shapes import Size, examples
+
+    whole = drawn(tiny_checkpoint, only="transformer")
+    file = saved(tmp_path / "lora/pytorch_lora_weights.safetensors", whole)
+    merged(tiny_checkpoint, tmp_path / "out", (file, 1.0))
+    shutil.rmtree(tmp_path / "out" / "classifier")
+    arguments = ["--precision", "fp32", "--prompts", "0"]
+    arguments += ["--parts", "text_encoder,text_encoder_2,transformer,vae_decoder"]
+    assert export([str(tmp_path / "out"), "--out", str(tmp_path / "bundle"), *arguments]) == 0
+    bundle = Bundle.open(tmp_path / "bundle")
+    graph = load(bundle, choose(bundle, "transformer", ORT, "fp32"))
+    given = examples(Checkpoint.open(tiny_checkpoint), "transformer", Size(2, 32, 32))
+    pipeline = FluxPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.float32)
+
+    def eager() -> Tensor:
+        with torch.no_grad():
+            return pipeline.transformer(**{k: torch.from_numpy(v) for k, v in given.items()}).sample
+
+    before = eager()
+    pipeline.load_lora_weights(file.parent)
+    (found,) = graph.run(given).values()
+    together = eager()
+    assert (together - before).abs().max() > 0.1
+    torch.testing.assert_close(torch.from_numpy(found), together, rtol=1e-4, atol=1e-5)
+
+
 def test_scale_nought_and_weight_nought_are_the_base_bit_for_bit(base, tmp_path):
     file = saved(tmp_path / "a.safetensors", drawn(base))
     for out, weight, scale in (("one", 1.0, 0.0), ("two", 0.0, 1.0)):

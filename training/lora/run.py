@@ -11,9 +11,11 @@ shared with the loss in one reduction.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +27,6 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator  # type: ignore[import-untyped, unused-ignore]
-from accelerate.utils import DistributedType  # type: ignore[import-untyped, unused-ignore]
 from PIL import Image
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ from training.lora.journal import Journal, peak_bytes
 from training.lora.layers import factors, parameters
 from training.lora.preview import Previews, sheet
 from training.lora.settings import LATER, Settings, SettingsError, write
+from training.lora.spread import Spread
 from training.lora.state import (
     RESUME,
     StateError,
@@ -88,7 +90,7 @@ def signals() -> Iterator[list[int]]:
         got.append(number)
         signal.signal(number, before[number])
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in map(int, (signal.SIGTERM, signal.SIGINT)):
         before[number] = signal.getsignal(number)
         signal.signal(number, note)
     try:
@@ -106,14 +108,30 @@ def run(settings: Settings) -> Result:
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    accelerator = Accelerator(cpu=settings.device == "cpu")
+    # Told so, accelerate joins CPU processes too; else each would think itself alone.
+    accelerator = Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available())
     device = torch.device(settings.device) if settings.device else accelerator.device
-    with signals() as got:
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with signals() as got, _locked(settings.out, accelerator.is_main_process):
         try:
             return _Run(settings, accelerator, device, got).go()
         except Cancelled as error:
             log.info("%s", error)
             return Result(128 + got[0], {"stopped": True, "out": str(settings.out)})
+
+
+@contextmanager
+def _locked(folder: Path, first: bool) -> Iterator[None]:
+    """Holds a folder for one run, until it ends however it ends."""
+    with (folder / ".lock").open("w") as lock:
+        if first:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StateError(
+                    f"another run is writing to {folder}; give another --out"
+                ) from None
+        yield
 
 
 class _Run:
@@ -139,15 +157,14 @@ class _Run:
 
     def go(self) -> Result:
         settings = self.settings
-        settings.out.mkdir(parents=True, exist_ok=True)
         self._prepare_data()
         self.identity = self._identity()
         file = settings.out / STATE
         state = self._saved(file)
         self.trainee = Trainee.make(self.base, settings, self.device)
+        self.spread = Spread.of(self.trainee, self.device, sharded=self._sharded())
         self.named = parameters(self.trainee.layers)
         self.optimizer = optimizers.make(settings, list(self.named.values()))
-        self.model: nn.Module = self._distributed()
         self.average = (
             {n: p.detach().clone() for n, p in self.named.items()} if settings.ema else {}
         )
@@ -161,7 +178,7 @@ class _Run:
             files.write(settings.out / "settings.json", write(settings))
             self._write_seen()
         previews = None
-        if settings.prompts and (self.place == 0 or self._sharded):
+        if settings.prompts and (self.place == 0 or self.spread.sharded):
             previews = Previews(self.base, settings, self.texts, min(self.sizes), self.device)
         with Journal(
             settings.out, step=self.step, steps=settings.steps, batch=settings.batch,
@@ -238,35 +255,22 @@ class _Run:
                 parameter.copy_(like(state["weights"][name], parameter))
                 if self.average:
                     self.average[name].copy_(like(state["average"][name], parameter))
-            load_optimizer(self._optimizer, state["optimizer"], list(self.named.values()))
+            load_optimizer(self.optimizer, state["optimizer"], list(self.named.values()))
             self.draws.counters = [list(map(int, counts)) for counts in state["counters"]]
             self.step = int(state["step"])
         log.info("resumed %s at step %d", file, self.step)
 
-    @property
     def _sharded(self) -> bool:
-        return bool(self.accelerator.distributed_type == DistributedType.FSDP)
-
-    @property
-    def _optimizer(self) -> torch.optim.Optimizer:
-        inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return inner
-
-    def _distributed(self) -> nn.Module:
-        if self.world == 1:
-            return self.trainee
-        if not self._sharded:
-            model: nn.Module = self.accelerator.prepare_model(self.trainee)
-            return model
-        plugin = self.accelerator.state.fsdp_plugin
-        if getattr(plugin, "fsdp_version", 1) != 2:
+        """Whether the model is cut into shards, as --shard or accelerate's configuration says."""
+        wanted = self.settings.shard or os.environ.get("ACCELERATE_USE_FSDP", "") == "true"
+        if wanted and self.settings.base_dtype in ("fp8", "4bit"):
             raise SettingsError(
-                "FSDP 1 takes one type of weights alone; set fsdp_version 2 "
-                "(accelerate launch --use_fsdp --fsdp_version 2)"
+                f"a base in {self.settings.base_dtype} cannot be sharded; use --base-dtype "
+                "bf16, or copies (no --shard)"
             )
-        model, self.optimizer = self.accelerator.prepare(self.trainee, self.optimizer)
-        self.named = parameters(self.trainee.layers)
-        return model
+        if wanted and not dist.is_initialized():
+            raise SettingsError("--shard needs processes: accelerate launch -m training.lora ...")
+        return wanted
 
     def _write_seen(self) -> None:
         """Which pictures a generator saw, for whoever checks a test set against it."""
@@ -287,7 +291,7 @@ class _Run:
         while self.step < settings.steps:
             journal.begin()
             rate = optimizers.rate(self.step, settings)
-            optimizers.set_rate(self._optimizer, rate)
+            optimizers.set_rate(self.optimizer, rate)
             batch = self.draws.batch(self.step)
             loss, norm = self._step(batch)
             due = time.monotonic() - saved_at > settings.save_minutes * 60
@@ -298,8 +302,8 @@ class _Run:
                     f"{file} has step {saved_step}, before it. Lower --rate (now {rate:.3g}), "
                     "or leave --base-dtype fp16"
                 )
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             self._follow()
             journal.tell(self.step, loss=loss, rate=rate, norm=norm)
@@ -328,7 +332,7 @@ class _Run:
         for start in range(begin, begin + self.share, micro):
             places = range(start, start + micro)
             final = start + micro == begin + self.share
-            waiting = nullcontext() if final else self.accelerator.no_sync(self.model)
+            waiting = nullcontext() if final else self.spread.alone()
             with waiting:
                 clean = torch.stack([self._latents(batch, place) for place in places])
                 shape = (tokens, 4 * model.latent_channels)
@@ -336,7 +340,7 @@ class _Run:
                 mess = torch.stack([torch.from_numpy(one) for one in drawn_noise])
                 clean, mess = clean.to(self.device), mess.to(self.device)
                 share = shares[start : start + micro].to(self.device)
-                velocity = self.model(
+                velocity = self.spread.model(
                     objective.mixed(clean, mess, share), share, grid=grid,
                     **self._text(batch, places),
                 )  # fmt: skip
@@ -394,7 +398,7 @@ class _Run:
             "step": self.step,
             "weights": whole(dict(self.named)),
             "average": whole(self.average),
-            "optimizer": whole(self._optimizer.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "counters": self.draws.counters,
         }
         failed = False

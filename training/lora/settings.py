@@ -24,7 +24,7 @@ from training.data import count, positive
 BALANCES: Final = ("label", "diagnosis", "source", "confirmed", "sex", "site", "skin_type")
 ENCODERS: Final = ("text_encoder", "text_encoder_2")
 LATER: Final = ("out", "cache", "steps", "save_minutes", "prompts", "preview_steps", "compile",
-                "checkpointing", "micro", "threads", "device")  # fmt: skip
+                "checkpointing", "micro", "threads", "device", "shard")  # fmt: skip
 """Settings that a resumed run may change: they move no number, but how long it goes on."""
 
 
@@ -107,6 +107,9 @@ class Settings:
     checkpointing: bool = option("recompute activations in the backward pass: less memory", False)
     compile: bool = option("torch.compile each kind of block once; pays after some minutes", False)
     keep_encoders: bool = option("encode texts at every step instead of caching them", False)
+    shard: bool = option(
+        "cut the base into shards over all processes (FSDP 2) instead of copying it", False
+    )
     device: str = option("torch's device (default: what accelerate picks)", "")
     threads: int = option("torch's threads in each process (0: torch's choice)", 0)
     seed: int = option("of weights, draws, noise and previews", 0)

@@ -32,9 +32,6 @@ class Trainee(nn.Module):
     type that activations have.
     """
 
-    # What accelerate's FSDP shards together.
-    _no_split_modules = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-
     def __init__(
         self, transformer: Any, writer: Writer | None, base: Base, guidance: float
     ) -> None:
@@ -50,7 +47,7 @@ class Trainee(nn.Module):
 
     @classmethod
     def make(cls, base: Base, settings: Settings, device: torch.device) -> Trainee:
-        """Open the base, put LoRA into it, and move it to the device.
+        """Open the base on the CPU and put LoRA into it; `device` is where it will be.
 
         Raises:
             SettingsError: a pattern matches nothing, or a package is missing.
@@ -83,8 +80,6 @@ class Trainee(nn.Module):
         if settings.checkpointing:
             transformer.enable_gradient_checkpointing()
         trainee.eval()
-        # 4-bit weights are where bitsandbytes put them; moving the rest beside them is enough.
-        trainee.to(device)
         if settings.compile:
             transformer.compile_repeated_blocks(dynamic=False)
         count = sum(p.numel() for p in trainee.parameters() if p.requires_grad)

@@ -133,25 +133,23 @@ def test_the_merged_pipeline_moves_as_base_and_adapter_do(base, tmp_path):
     torch.testing.assert_close(after, together, rtol=1e-3, atol=1e-4)
 
 
-def test_the_exported_bundle_is_base_and_adapter(tiny_checkpoint, tmp_path):
+def test_the_exported_graph_is_base_and_adapter(tiny_checkpoint, tmp_path):
     from diffusers import FluxPipeline
 
-    from dermaflux.bundle import Bundle
     from dermaflux.checkpoint import Checkpoint
-    from dermaflux.engines import ORT, choose, load
-    from export.__main__ import main as export
+    from dermaflux.engines.ort import OrtEngine
     from export.shapes import Size, examples
+    from export.trace import trace, write
 
-    whole = drawn(tiny_checkpoint, only="transformer")
-    file = saved(tmp_path / "lora/pytorch_lora_weights.safetensors", whole)
+    file = saved(
+        tmp_path / "lora/pytorch_lora_weights.safetensors",
+        drawn(tiny_checkpoint, only="transformer"),
+    )
     merged(tiny_checkpoint, tmp_path / "out", (file, 1.0))
-    shutil.rmtree(tmp_path / "out" / "classifier")
-    arguments = ["--precision", "fp32", "--prompts", "0"]
-    arguments += ["--parts", "text_encoder,text_encoder_2,transformer,vae_decoder"]
-    assert export([str(tmp_path / "out"), "--out", str(tmp_path / "bundle"), *arguments]) == 0
-    bundle = Bundle.open(tmp_path / "bundle")
-    graph = load(bundle, choose(bundle, "transformer", ORT, "fp32"))
     given = examples(Checkpoint.open(tiny_checkpoint), "transformer", Size(2, 32, 32))
+    graph = tmp_path / "model.onnx"
+    write(trace(tmp_path / "out", "transformer", given), graph)
+    (found,) = OrtEngine(graph, "fp32").run(given).values()
     pipeline = FluxPipeline.from_pretrained(tiny_checkpoint, torch_dtype=torch.float32)
 
     def eager() -> Tensor:
@@ -160,7 +158,6 @@ def test_the_exported_bundle_is_base_and_adapter(tiny_checkpoint, tmp_path):
 
     before = eager()
     pipeline.load_lora_weights(file.parent)
-    (found,) = graph.run(given).values()
     together = eager()
     assert (together - before).abs().max() > 0.1
     torch.testing.assert_close(torch.from_numpy(found), together, rtol=1e-4, atol=1e-5)

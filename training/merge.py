@@ -130,6 +130,8 @@ def merge(settings: Settings) -> dict[str, Any]:
             merge_files.count(index)
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         files.write(folder / "provenance.json", text.encode())
+        # Headers were counted with the files, and are not written by the tensor.
+        bar.update(bar.total - bar.n)
     return {
         "out": str(settings.out),
         "adapters": len(sources),

@@ -103,6 +103,8 @@ class Index:
             DatasetError: it is not there, or no such file.
         """
         try:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("no file of numpy arrays")
             with np.load(file, allow_pickle=False) as saved:
                 thumbs, owner = saved["thumbs"], saved["owner"]
                 names, groups = tuple(saved["names"].tolist()), tuple(saved["groups"].tolist())

@@ -77,6 +77,16 @@ class LoraLinear(nn.Module):
         self.down = nn.Parameter(down.to(device))
         self.up = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models look at its type."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return self.base.bias
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.plain or not isinstance(self.base, nn.Linear):
             update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))

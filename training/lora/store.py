@@ -37,6 +37,10 @@ _TYPES: Final = {
 _LONGEST_HEADER: Final = 2**27
 
 
+class FullError(DermaFluxError):
+    """The disk of a store is full or takes no files."""
+
+
 class Store:
     """Named tensors of one folder; float32, float16 or bfloat16.
 
@@ -96,7 +100,7 @@ class Store:
         """Keep a tensor; it reaches the disk with its shard.
 
         Raises:
-            OSError: the disk is full or takes no files.
+            FullError: the disk is full or takes no files.
         """
         self._waiting[name] = tensor.detach().cpu().contiguous()
         self._bytes += tensor.numel() * tensor.dtype.itemsize
@@ -108,7 +112,14 @@ class Store:
         if self._waiting:
             named = hashlib.sha256("\n".join(sorted(self._waiting)).encode()).hexdigest()[:24]
             shard = self.folder / f"{named}.safetensors"
-            files.write(shard, save(self._waiting))
+            try:
+                files.write(shard, save(self._waiting))
+            except OSError as error:
+                raise FullError(
+                    f"{len(self._waiting)} tensors could not be written to {self.folder} "
+                    f"({error.strerror}); what was written before is kept. Free some room, or "
+                    "give --cache on another disk, and run the same command again"
+                ) from error
             self._waiting, self._bytes = {}, 0
             self._open(shard)
         self._written = time.monotonic()
@@ -121,5 +132,5 @@ class Store:
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         # What was encoded before an interruption is kept; a full disk would only fail again.
-        if not isinstance(error, OSError):
+        if not isinstance(error, FullError):
             self.flush()

@@ -86,3 +86,13 @@ def test_metadata_of_another_kind_is_said(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(data.DatasetError, match=said):
         data.read(tmp_path)
+
+
+def test_a_record_is_a_sample_with_mask_and_confirmation(tmp_path: Path) -> None:
+    row = {"file_name": "a.png", "label": "benign", "mask": "m.png", "confirmed": "histo",
+           "group": "p", "attribution": "A"}  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    (sample,) = data.read(tmp_path)
+    assert (sample.mask, sample.confirmed, sample.group, sample.attribution) == (
+        tmp_path / "m.png", "histo", "p", "A",
+    )  # fmt: skip

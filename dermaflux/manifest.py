@@ -126,8 +126,8 @@ class ClassifierSpec:
 @dataclass(frozen=True)
 class ImageParity:
     """PSNR in dB and SSIM (1 is equal) of whole images against eager ones in fp32 of the same
-    seeds, over `prompts` prompts. The export refuses a median below `tolerance_db`, and a worst
-    image below `tolerance_worst_db`."""
+    seeds, over `prompts` prompts; LPIPS (0 is equal) where the export was given its weights. The
+    export refuses a median below `tolerance_db`, and a worst image below `tolerance_worst_db`."""
 
     prompts: int
     steps: int
@@ -137,6 +137,8 @@ class ImageParity:
     ssim_worst: float
     tolerance_db: float
     tolerance_worst_db: float
+    lpips_median: float | None = None
+    lpips_worst: float | None = None
 
 
 @dataclass(frozen=True)

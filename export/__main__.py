@@ -74,6 +74,10 @@ class Settings:
         "is compared on; default: on generated ones",
         None,
     )
+    attention: bool = option("int8 and fp8: queries, keys and values in 8 bits too", False)
+    lpips: Path | None = option(
+        "torchvision's AlexNet as safetensors: images are compared by LPIPS as well", None
+    )
     prompts: int = option("images compared with eager; 0 compares nothing; default: 64", 64)
     seed: int = option("of prompts, noise and guidance; default: 0", 0)
 
@@ -125,10 +129,13 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
     from transformers.utils import logging as transformers_logging
 
     from export import compare, manifest, source
+    from export.perceptual import Perceptual
 
     # A bar for every part that takes a tenth of a second to load.
     transformers_logging.disable_progress_bar()
     say = _clock()
+    # Before the minutes that all else takes: it may be a file that cannot be used.
+    perceptual = Perceptual.open(settings.lpips) if settings.lpips is not None else None
     reference = _reference(settings, checkpoint, parts, say)
     table = _table(settings, checkpoint, parts, say)
     source.write_settings(checkpoint, folder, parts)
@@ -138,7 +145,9 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
     rows = [row for graph in graphs for row in graph.rows]
     parity, golden = Parity({}, {}), None
     if reference is not None:
-        parity, golden, more = compare.whole(folder, settings.precision, checkpoint, reference)
+        parity, golden, more = compare.whole(
+            folder, settings.precision, checkpoint, reference, perceptual
+        )
         say("images compared")
         rows += more
         require(rows)
@@ -241,6 +250,8 @@ def _graphs(
     asked = [precision for precision in settings.precision if part in RECIPES[precision]]
     for precision in asked or ["fp32"]:
         recipe, graph = RECIPES[precision][part], folder / part / FILES[precision]
+        if part == "transformer" and recipe.kind is not None:
+            recipe = replace(recipe, attention=settings.attention)
         variant = lower(model.clone(), recipe)
         products = 0
         if recipe.kind is not None:

@@ -1,8 +1,13 @@
 """Which numbers a model's layers see while it makes its own images: eager torch -> a table.
 
 The model makes images of its own prompts over all timesteps, one request after another, and every
-quantized layer notes the largest magnitude of each of its input channels. Largest is enough: on the
-trained mini, ranges cut at a percentile, and those of NNCF, were worse (`export.recipes`).
+layer notes the largest magnitude of each of its input channels, whether a recipe quantizes it or
+not: a table outlives a recipe, and `export.sensitivity` asks what the others would cost. Attention
+notes the largest query, key and value. Largest is enough: on the trained mini, ranges cut at a
+percentile, and those of NNCF, were worse (`export.recipes`).
+
+A model that does not fit into memory is calibrated with `offload`: accelerate reads one layer after
+the other from its shards, so `batch` requests share each reading.
 
 The table is written after every request. A maximum does not care for order, so a calibration that
 was stopped goes on where it was; one that is done is not made again.
@@ -15,13 +20,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from numpy.typing import NDArray
 from torch import nn
 
@@ -32,10 +38,13 @@ from dermaflux.errors import EngineError
 from dermaflux.flow import Schedule
 from dermaflux.hardware import look
 from dermaflux.pipeline import Pipeline, Request
+from export.offload import offloaded
+from export.quantized import FACTORS
 from export.recipes import RECIPES
 from export.reference import as_inputs
 from export.scales import Scales, fingerprint
 from export.source import folder_of
+from export.trace import RotaryAttention, restate
 from export.weights import stored
 
 log = logging.getLogger(__name__)
@@ -53,26 +62,32 @@ def calibrate(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    batch: int = 1,
 ) -> Scales:
-    """The ranges of every layer whose inputs any recipe quantizes; kept at `path`, if given.
+    """The ranges of every layer of the generator and of the classifier; kept at `path`, if given.
+
+    `batch` requests pass together. With `offload` the generator's weights stay on the disk.
 
     Raises:
         BundleError: `path` holds something else.
         EngineError: the parts do not fit into memory, or cannot be opened.
     """
-    parts = needing_scales(checkpoint)
+    parts = (*GENERATOR_PARTS, *(["classifier"] if checkpoint.classifier is not None else []))
     started = _begin(checkpoint, requests, path, parts)
     if started.done == started.asked:
         return started
-    if device == "cpu":
-        require_room(checkpoint, (*GENERATOR_PARTS, *parts), dtype.itemsize, "calibrating")
+    if device == "cpu" and not offload:
+        require_room(checkpoint, parts, dtype.itemsize, "calibrating")
     opened = {
-        part: eager.load(checkpoint.path, part, dtype, device=device)
-        for part in dict.fromkeys((*GENERATOR_PARTS, *parts))
+        part: offloaded(checkpoint.path, part, dtype, device=device)
+        if offload and part in GENERATOR_PARTS
+        else eager.load(checkpoint.path, part, dtype, device=device)
+        for part in parts
     }
     seen = {part: dict(channels) for part, channels in started.parts.items()}
     for part in parts:
-        _watch(opened[part].model, part, seen.setdefault(part, {}))
+        _watch(opened[part].model, seen.setdefault(part, {}))
     pipeline = Pipeline(
         checkpoint.model,
         Schedule.from_config(checkpoint.scheduler),
@@ -82,14 +97,14 @@ def calibrate(
         {part: opened[part] for part in GENERATOR_PARTS},
     )
     table = started
-    for done in range(started.done, len(requests)):
-        images = pipeline.generate([requests[done]])
+    for done in range(started.done, len(requests), batch):
+        images = pipeline.generate(requests[done : done + batch])
         if "classifier" in parts:
             opened["classifier"].run(as_inputs(checkpoint, "classifier", images))
-        table = replace(table, parts=seen, done=done + 1)
+        table = replace(table, parts=seen, done=done + len(images))
         if path is not None:
             table.save(path)
-        log.info("calibrated on %d of %d images", done + 1, len(requests))
+        log.info("calibrated on %d of %d images", table.done, len(requests))
     return table
 
 
@@ -170,21 +185,39 @@ def _begin(
     return found if same else empty
 
 
-def _watch(model: Any, part: str, seen: dict[str, NDArray[np.float32]]) -> None:
+class _Watched(RotaryAttention):
+    """Attention of Flux that notes the largest of what it multiplies."""
+
+    def __init__(self, name: str, seen: dict[str, NDArray[np.float32]]) -> None:
+        self._name = name
+        self._seen = seen
+
+    def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        for what, factor in zip(FACTORS, (query, key, value), strict=True):
+            largest = factor.detach().abs().amax().float().reshape(1).cpu().numpy()
+            _note(self._seen, f"{self._name}.{what}", largest)
+        return super().mix(query, key, value)
+
+
+def _note(seen: dict[str, NDArray[np.float32]], name: str, largest: NDArray[np.float32]) -> None:
+    seen[name] = np.maximum(seen[name], largest) if name in seen else largest
+
+
+def _watch(part: Any, seen: dict[str, NDArray[np.float32]]) -> None:
     """Have every layer of a part note the largest magnitude of its input channels in `seen`."""
-    recipes = [recipes[part] for recipes in RECIPES.values() if part in recipes]
 
     def watcher(name: str, axis: int) -> Any:
         def watch(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             numbers = inputs[0].detach().abs()
             others = [other for other in range(numbers.ndim) if other != axis % numbers.ndim]
-            largest = numbers.amax(dim=others).float().cpu().numpy()
-            seen[name] = np.maximum(seen[name], largest) if name in seen else largest
+            _note(seen, name, numbers.amax(dim=others).float().cpu().numpy())
 
         return watch
 
-    modules: Mapping[str, nn.Module] = dict(model.model.named_modules())
-    for name, module in modules.items():
-        if isinstance(module, _LAYERS) and any(r.needs_scale(name) for r in recipes):
+    restate(part)
+    for name, module in part.model.named_modules():
+        if isinstance(module, _LAYERS):
             axis = 1 if isinstance(module, nn.Conv2d) else -1
             module.register_forward_pre_hook(watcher(name, axis))
+        if isinstance(module, FluxAttention):
+            module.set_processor(_Watched(name, seen))

@@ -25,6 +25,7 @@ from export.parity import (
     psnr,
     roc_auc,
 )
+from export.perceptual import Perceptual
 from export.recipes import FILES
 from export.reference import Reference
 from export.verify import engines, open_graph, pipeline
@@ -36,7 +37,11 @@ was measured here; an image of another model or seed is at 10 to 15 dB."""
 
 
 def whole(
-    folder: Path, precisions: Sequence[str], checkpoint: Checkpoint, reference: Reference
+    folder: Path,
+    precisions: Sequence[str],
+    checkpoint: Checkpoint,
+    reference: Reference,
+    perceptual: Perceptual | None = None,
 ) -> tuple[Parity, Golden, list[Row]]:
     """Every precision on every engine that may run it; `golden` is the first of the images."""
     images: dict[str, dict[str, ImageParity]] = {}
@@ -47,7 +52,9 @@ def whole(
         images[precision] = {}
         for engine in engines(precision):
             made = pipeline(checkpoint, folder, engine, precision)[0].generate(reference.requests)
-            found = image_parity(made, reference.images, reference.requests[0].steps, precision)
+            perceived = perceptual(made, reference.images) if perceptual is not None else ()
+            steps = reference.requests[0].steps
+            found = image_parity(made, reference.images, steps, precision, perceived)
             images[precision][engine] = found
             rows += image_rows(found, precision, engine)
             first.append(psnr(made[0], reference.images[0]))

@@ -56,6 +56,12 @@ def lower(model: onnx_ir.Model, recipe: Recipe) -> onnx_ir.Model:
         if output in lowered:
             _restore(graph, index, output)
     common.RemoveUnusedNodesPass()(model)
+    for (value, _), made in casts.items():
+        # A weight that nobody reads in float32 any more keeps its name.
+        if made.is_initializer() and value.name not in graph.initializers:
+            graph.initializers.pop(str(made.name))
+            made.name = value.name
+            graph.register_initializer(made)
     return model
 
 

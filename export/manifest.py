@@ -65,7 +65,9 @@ def content(
         "limits": asdict(checkpoint.limits),
         # A model that was trained on no wording of ours is asked in ours all the same.
         "wording": provenance.get("wording") or WORDING,
-        "classifier": asdict(checkpoint.classifier) if checkpoint.classifier else None,
+        "classifier": asdict(checkpoint.classifier)
+        if checkpoint.classifier and any(graph.part == "classifier" for graph in graphs)
+        else None,
         "parity": asdict(parity),
         "golden": asdict(golden) if golden else None,
         "provenance": {**provenance, "export": {**settings, "libraries": made_with}},

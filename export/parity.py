@@ -216,9 +216,13 @@ def _windows(values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
 
 
 def image_parity(
-    made: Sequence[Pixels], references: Sequence[Pixels], steps: int, precision: str
+    made: Sequence[Pixels],
+    references: Sequence[Pixels],
+    steps: int,
+    precision: str,
+    perceived: Sequence[float] = (),
 ) -> ImageParity:
-    """The figures of a precision's images on one engine."""
+    """The figures of a precision's images on one engine; `perceived` are their LPIPS, if known."""
     pairs = list(zip(made, references, strict=True))
     ratios = [psnr(*pair) for pair in pairs]
     similar = [ssim(*pair) for pair in pairs]
@@ -232,6 +236,8 @@ def image_parity(
         ssim_worst=round(min(similar), 5),
         tolerance_db=tolerance,
         tolerance_worst_db=worst,
+        lpips_median=round(median(perceived), 5) if perceived else None,
+        lpips_worst=round(max(perceived), 5) if perceived else None,
     )
 
 

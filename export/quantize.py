@@ -2,6 +2,7 @@
 
     python -m export.quantize --calibrate models/mini --out mini.scales.npz
     python -m export.quantize --calibrate FLUX --out flux.scales.npz --device cuda --dtype bf16
+    python -m export.quantize --calibrate FLUX --out flux.scales.npz --offload --dtype bf16
     python -m export.quantize --sensitivity models/mini --scales mini.scales.npz --precision fp8
     python -m export FLUX --out bundles/flux --precision fp32,fp8 --calibration flux.scales.npz
 
@@ -28,7 +29,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
@@ -36,10 +37,15 @@ from dermaflux import files
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.command import ended
 from dermaflux.errors import BundleError
-from export.recipes import RECIPES
+from export.recipes import RECIPES, Recipe
 
 QUANTIZED: Final = ("int8", "fp8")
 PROMPTS: Final = 8
+_CANDIDATES: Final = {
+    "int8": Recipe(kind="int8", per_channel=True),
+    "fp8": Recipe(kind="float8e4m3fn"),
+}
+"""How a part without a recipe is quantized when it is asked what that would cost."""
 _DTYPES: Final = ("fp32", "bf16", "fp16")
 
 
@@ -75,7 +81,13 @@ def _calibrate(options: argparse.Namespace) -> dict[str, object]:
         # Not the seed of the export's comparison: other prompts and noise than those compared.
         asked = requests(checkpoint, options.prompts, options.seed + 1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    table = calibrate(checkpoint, asked, out, device=options.device, dtype=dtype)
+    batch = options.batch or (PROMPTS if options.offload else 1)
+    if batch < 1:
+        raise BundleError(f"--batch {batch} passes nothing; use 1 or more")
+    table = calibrate(
+        checkpoint, asked, out,
+        device=options.device, dtype=dtype, offload=options.offload, batch=batch,
+    )  # fmt: skip
     counts = {part: len(channels) for part, channels in table.parts.items()}
     return {"path": str(out), "requests": table.done, "layers": counts, "models": table.models}
 
@@ -83,7 +95,7 @@ def _calibrate(options: argparse.Namespace) -> dict[str, object]:
 def _sensitivity(options: argparse.Namespace) -> dict[str, object]:
     from export.reference import Reference, requests
     from export.scales import Scales
-    from export.sensitivity import sensitivity
+    from export.sensitivity import block_of, kind_of, sensitivity
     from export.shapes import examples, sizes
     from export.trace import trace
 
@@ -92,17 +104,17 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, object]:
         raise BundleError("--sensitivity needs --scales TABLE, which --calibrate makes")
     table = Scales.open(options.scales)
     part, precision = options.part, options.precision
-    if part not in RECIPES[precision]:
-        raise BundleError(f"{part} has no recipe in {precision}; use transformer")
+    # A part without a recipe is asked what one would cost.
+    recipe = RECIPES[precision].get(part, replace(_CANDIDATES[precision], keep=("*",)))
     channels = table.require(checkpoint.path, part)
     asked = requests(checkpoint, options.prompts, options.seed)
     reference = Reference.make(checkpoint, _parts(part), asked)
     model = trace(checkpoint.path, part, examples(checkpoint, part, sizes(checkpoint)[1]))
     rows = []
-    print(f"{'block':<32}{'layers':>7}{'weights':>11}{'error':>12}", file=sys.stderr)
-    for row in sensitivity(
-        model, RECIPES[precision][part], channels, reference.seen[part], precision
-    ):
+    print(f"{'block':<40}{'layers':>7}{'weights':>11}{'error':>12}", file=sys.stderr)
+    group_of = {"block": block_of, "kind": kind_of}[options.by]
+    cases = reference.seen[part]
+    for row in sensitivity(model, recipe, channels, cases, precision, group_of):
         print(row, file=sys.stderr)
         rows.append(asdict(row))
     result = {
@@ -110,6 +122,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, object]:
         "part": part,
         "precision": precision,
         "prompts": options.prompts,
+        "by": options.by,
         "blocks": rows,
     }
     if options.out is not None:
@@ -138,6 +151,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=QUANTIZED, default="fp8", help="default: fp8")
     parser.add_argument("--part", default="transformer", help="default: transformer")
     parser.add_argument(
+        "--by",
+        choices=("block", "kind"),
+        default="block",
+        help="with --sensitivity: one row a block, or one for all layers of a kind; default: block",
+    )
+    parser.add_argument(
         "--requests", type=Path, help="JSON lines of requests; default: the model's own prompts"
     )
     parser.add_argument("--prompts", type=int, default=PROMPTS, help=f"default: {PROMPTS}")
@@ -147,6 +166,18 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="RANGE",
         help="measure nothing, and take RANGE for every range: to time an export, not to use it",
+    )
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="with --calibrate: read each layer from the disk when its turn comes, for a model "
+        "that does not fit into memory",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="with --calibrate: images that pass together; default: 1, or 8 "
+        "with --offload, where a pass reads all weights once",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default: cpu")
     parser.add_argument("--dtype", choices=_DTYPES, default="fp32", help="default: fp32")

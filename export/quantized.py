@@ -40,8 +40,19 @@ _TYPES: Final = {
     "float8e4m3fn": onnx_ir.DataType.FLOAT8E4M3FN,
 }
 
+FACTORS: Final = ("query", "key", "value")
+"""What attention multiplies, in the order of its inputs; their ranges stand behind its name."""
+
 Channels = Mapping[str, NDArray[np.float32]]
 """Layer -> the largest magnitude that each of its input channels was seen with."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """New nodes go before `node`, and are called after `stem`."""
+
+    node: onnx_ir.Node
+    stem: str
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,11 @@ class Layer:
     def name(self) -> str:
         """The layer's name in the checkpoint."""
         return str(self.node.name)
+
+    @property
+    def place(self) -> _Place:
+        """Where its new nodes go."""
+        return _Place(self.node, self.name)
 
     @property
     def width(self) -> int:
@@ -76,14 +92,24 @@ def layers(model: onnx_ir.Model) -> Iterator[Layer]:
         yield Layer(node, weight, *((0, 1) if first else (1, 0)))
 
 
+def attentions(model: onnx_ir.Model) -> Iterator[tuple[onnx_ir.Node, int, str]]:
+    """Attention nodes with the index of each of their three factors, and its name in a table."""
+    for node in model.graph:
+        if node.op_type == "Attention":
+            yield from ((node, index, f"{node.name}.{x}") for index, x in enumerate(FACTORS))
+
+
 def missing(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> list[str]:
     """Layers whose inputs the recipe quantizes and the table does not know, or not as wide."""
-    return [
+    absent = [
         layer.name
         for layer in layers(model)
         if recipe.needs_scale(layer.name)
         and (layer.name not in seen or seen[layer.name].size != layer.width)
     ]
+    if recipe.attention:
+        absent += [name for _, _, name in attentions(model) if name not in seen]
+    return absent
 
 
 def quantized(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> int:
@@ -116,12 +142,18 @@ def quantized(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> int:
             given = source if divisor is None else _divided(fed[0], source, divisor)
             largest = np.max([seen[layer.name] for layer in fed], axis=0)
             largest = largest if divisor is None else largest / divisor
-            pair = _pair(fed[0], given, float(largest.max()), recipe.kind)
+            pair = _pair(fed[0].place, given, float(largest.max()), recipe.kind)
             for layer in fed:
                 layer.node.replace_input_with(0, pair)
         for layer in group:
             weight = _weight(layer, recipe, divisor if layer in fed else None)
             layer.node.replace_input_with(1, weight)
+    if recipe.attention:
+        for node, index, name in attentions(model):
+            factor = node.inputs[index]
+            assert factor is not None
+            pair = _pair(_Place(node, name), factor, float(seen[name].max()), recipe.kind)
+            node.replace_input_with(index, pair)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
     return sum(recipe.needs_scale(layer.name) for layer in chosen)
 
@@ -154,18 +186,18 @@ def _numbers(layer: Layer) -> NDArray[np.float32]:
 
 def _divided(layer: Layer, source: onnx_ir.Value, divisor: NDArray[np.float32]) -> onnx_ir.Value:
     """The input of a group, every channel divided."""
-    factor = _constant(layer, f"{layer.name}.smooth", 1 / divisor, _type(source))
-    return _node(layer, "Mul", [source, factor], _type(source), source.shape, "smoothed")
+    factor = _constant(layer.place, f"{layer.name}.smooth", 1 / divisor, _type(source))
+    return _node(layer.place, "Mul", [source, factor], _type(source), source.shape, "smoothed")
 
 
-def _pair(layer: Layer, source: onnx_ir.Value, largest: float, kind: str) -> onnx_ir.Value:
-    """The input of a group through 8 bits and back."""
+def _pair(place: _Place, source: onnx_ir.Value, largest: float, kind: str) -> onnx_ir.Value:
+    """A value through 8 bits and back."""
     scale = _scale(np.array(largest, np.float32), kind)
     rest = _type(source)
-    at = _constant(layer, f"{layer.name}.input_scale", scale, rest)
-    zero = _constant(layer, f"{layer.name}.input_zero", np.zeros(()), _TYPES[kind])
-    down = _node(layer, "QuantizeLinear", [source, at, zero], _TYPES[kind], source.shape, "in8")
-    return _node(layer, "DequantizeLinear", [down, at, zero], rest, source.shape, "input")
+    at = _constant(place, f"{place.stem}.input_scale", scale, rest)
+    zero = _constant(place, f"{place.stem}.input_zero", np.zeros(()), _TYPES[kind])
+    down = _node(place, "QuantizeLinear", [source, at, zero], _TYPES[kind], source.shape, "in8")
+    return _node(place, "DequantizeLinear", [down, at, zero], rest, source.shape, "input")
 
 
 def _weight(layer: Layer, recipe: Recipe, factor: NDArray[np.float32] | None) -> onnx_ir.Value:
@@ -199,11 +231,12 @@ def _weight(layer: Layer, recipe: Recipe, factor: NDArray[np.float32] | None) ->
 
     stem = str(layer.weight.name)
     counts = (int(shape[layer.axis]),) if recipe.per_channel else ()  # type: ignore[arg-type]
-    small = _initializer(layer, lazy(f"{stem}_in8", kind, shape, numbers))
-    scale = _initializer(layer, lazy(f"{stem}_scale", rest, counts, scales))
-    zero = _constant(layer, f"{stem}_zero", np.zeros(counts), kind)
+    place = layer.place
+    small = _initializer(place, lazy(f"{stem}_in8", kind, shape, numbers))
+    scale = _initializer(place, lazy(f"{stem}_scale", rest, counts, scales))
+    zero = _constant(place, f"{stem}_zero", np.zeros(counts), kind)
     return _node(
-        layer, "DequantizeLinear", [small, scale, zero], rest, shape, "weight", axis=layer.axis
+        place, "DequantizeLinear", [small, scale, zero], rest, shape, "weight", axis=layer.axis
     )
 
 
@@ -217,26 +250,26 @@ def _type(value: onnx_ir.Value) -> onnx_ir.DataType:
 
 
 def _constant(
-    layer: Layer, name: str, numbers: NDArray[Any], kind: onnx_ir.DataType
+    place: _Place, name: str, numbers: NDArray[Any], kind: onnx_ir.DataType
 ) -> onnx_ir.Value:
-    return _initializer(layer, onnx_ir.Tensor(numbers.astype(kind.numpy()), dtype=kind, name=name))
+    return _initializer(place, onnx_ir.Tensor(numbers.astype(kind.numpy()), dtype=kind, name=name))
 
 
-def _initializer(layer: Layer, tensor: onnx_ir.TensorProtocol) -> onnx_ir.Value:
+def _initializer(place: _Place, tensor: onnx_ir.TensorProtocol) -> onnx_ir.Value:
     value = onnx_ir.Value(
         name=tensor.name,
         shape=onnx_ir.Shape(list(tensor.shape)),  # type: ignore[arg-type]
         type=onnx_ir.TensorType(tensor.dtype),
         const_value=tensor,
     )
-    graph = layer.node.graph
+    graph = place.node.graph
     assert isinstance(graph, onnx_ir.Graph)
     graph.register_initializer(value)
     return value
 
 
 def _node(
-    layer: Layer,
+    place: _Place,
     kind: str,
     inputs: list[onnx_ir.Value],
     dtype: onnx_ir.DataType,
@@ -244,12 +277,12 @@ def _node(
     what: str,
     **attributes: int,
 ) -> onnx_ir.Value:
-    """A new node before a layer; its only output."""
-    node = onnx_ir.node(kind, inputs, attributes, name=f"{layer.name}.{what}.{kind}")
-    node.outputs[0].name = f"{layer.name}.{what}"
+    """A new node; its only output."""
+    node = onnx_ir.node(kind, inputs, attributes, name=f"{place.stem}.{what}.{kind}")
+    node.outputs[0].name = f"{place.stem}.{what}"
     node.outputs[0].dtype = dtype
     node.outputs[0].shape = onnx_ir.Shape(shape) if shape is not None else None
-    graph = layer.node.graph
+    graph = place.node.graph
     assert graph is not None
-    graph.insert_before(layer.node, node)
+    graph.insert_before(place.node, node)
     return node.outputs[0]

@@ -9,9 +9,19 @@ What the lists rest on:
   errors out. Modulations are 27 % of FLUX.1's weights, so theirs are in 8 bits too.
 * FP8 has one scale per tensor: TensorRT builds a graph with one per channel and then computes it in
   high precision. A floating-point type loses next to nothing by it. int8 has one per channel.
+* What is not in 8 bits is in fp16: a GPU would else compute attention in fp32, many times slower
+  than the products around it. On OpenVINO's CPU it is as fast as fp32 (the ratio of 60 alternated
+  steps is 1.00) and runs as many products in int8. Not bf16, which ONNX Runtime's CPU lacks.
 * T5 in fp16: `wo` takes products of two activations, which pass 65504 in T5-XXL, and the sum of
   the residuals does; so only products run in fp16, `wo` not at all.
 * Text encoders in 8 bits: weights only. They run once an image, and their size is what hurts.
+  With its activations in fp8 too, the embedded default's T5 is 43 % of its largest output off, and
+  11 % with weights alone.
+* No block of the transformer is kept high: the costliest, the last one, makes half of the error of
+  all, for a ninth of the weights (`benchmarks/results/sensitivity_*.json`, made by
+  `python -m export.quantize --sensitivity`).
+* The VAE stays high: it runs once an image, and in int8, its first and last convolution left
+  high, it alone costs more than the whole transformer (48 dB against 52).
 
 >>> RECIPES["fp8"]["transformer"].kind
 'float8e4m3fn'
@@ -20,7 +30,7 @@ What the lists rest on:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Final
 
@@ -74,7 +84,8 @@ class Recipe:
     `rest` is the type of what is not in 8 bits; `low` the operators that run in `rest` (all where
     it is empty) and `high` the layers that stay in float32 all the same. `kind` is the type in 8
     bits, `layers` the layers in it, `keep` those of them that are not after all, and
-    `weights_only` those whose inputs stay high. `smooth` is SmoothQuant's alpha.
+    `weights_only` those whose inputs stay high. `smooth` is SmoothQuant's alpha. With `attention`
+    queries, keys and values are in it too.
     """
 
     rest: str = "float32"
@@ -86,6 +97,7 @@ class Recipe:
     weights_only: tuple[str, ...] = ()
     per_channel: bool = False
     smooth: float | None = None
+    attention: bool = False
 
     def quantizes(self, layer: str) -> bool:
         """Whether a layer's weights are in 8 bits."""
@@ -134,17 +146,23 @@ RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
         "classifier": Recipe(rest="float16"),
     },
     "int8": {
-        "text_encoder_2": Recipe(kind="int8", weights_only=_WEIGHTS, per_channel=True),
+        "text_encoder_2": replace(_T5_FP16, kind="int8", weights_only=_WEIGHTS, per_channel=True),
         "transformer": Recipe(
-            kind="int8", keep=_ENDS, weights_only=_MODULATIONS, per_channel=True, smooth=_SMOOTH
+            rest="float16",
+            kind="int8",
+            keep=_ENDS,
+            weights_only=_MODULATIONS,
+            per_channel=True,
+            smooth=_SMOOTH,
         ),
-        "classifier": Recipe(kind="int8", keep=_VIT, per_channel=True),
+        "classifier": Recipe(rest="float16", kind="int8", keep=_VIT, per_channel=True),
     },
     "fp8": {
-        # T5 is not among them: with one scale a tensor, the only kind that TensorRT multiplies in
-        # fp8, the embedded default's is 43 % of its largest output off.
-        "transformer": Recipe(kind="float8e4m3fn", keep=_ENDS, weights_only=_MODULATIONS),
-        "classifier": Recipe(kind="float8e4m3fn", keep=_VIT),
+        "text_encoder_2": replace(_T5_FP16, kind="float8e4m3fn", weights_only=_WEIGHTS),
+        "transformer": Recipe(
+            rest="float16", kind="float8e4m3fn", keep=_ENDS, weights_only=_MODULATIONS
+        ),
+        "classifier": Recipe(rest="float16", kind="float8e4m3fn", keep=_VIT),
     },
 }
 """Precision -> part -> recipe."""

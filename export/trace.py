@@ -40,11 +40,9 @@ from onnx_ir.passes import common
 from torch import nn
 from torch.nn import functional
 
-from dermaflux.engines import eager
-from dermaflux.errors import BundleError
 from export.shapes import AXES, Arrays
 from export.source import folder_of
-from export.weights import cast, named, stored, transposed
+from export.weights import cast, named, of_module, skeleton, transposed
 
 OPSET: Final = 23
 INLINE_BYTES: Final = 128 * 2**20
@@ -113,13 +111,16 @@ class RotaryAttention:
         cos, sin = (angle.expand(query.shape[0], -1, -1) for angle in image_rotary_emb)
         query = torch.onnx.ops.rotary_embedding(query, cos, sin, interleaved=True)
         key = torch.onnx.ops.rotary_embedding(key, cos, sin, interleaved=True)
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        mixed = mixed.transpose(1, 2).flatten(2, 3)
+        mixed = self.mix(query, key, value).transpose(1, 2).flatten(2, 3)
         if encoder_hidden_states is None:
             return mixed
         length = encoder_hidden_states.shape[1]
         image = attn.to_out[1](attn.to_out[0](mixed[:, length:]))
         return image, attn.to_add_out(mixed[:, :length])
+
+    def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of [B, heads, S, size] each."""
+        return functional.scaled_dot_product_attention(query, key, value)
 
 
 def trace(checkpoint: Path, part: str, inputs: Arrays) -> onnx_ir.Model:
@@ -174,17 +175,11 @@ def size(graph: Path) -> int:
 
 def _skeleton(checkpoint: Path, part: str) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
     """A part on the device "meta", and the numbers of its buffers, which no shard need hold."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-
-    with init_empty_weights():
-        module = eager.module(checkpoint, part, weights=False)
-    _restate(module)
+    module = skeleton(checkpoint, part)
+    restate(module)
+    # Before `to`, which changes the module itself.
     buffers = dict(module.named_buffers())
-    module = module.to("meta")
-    tie = getattr(module.model, "tie_weights", None)
-    if tie is not None:
-        tie()
-    return module, buffers
+    return module.to("meta"), buffers
 
 
 def _fill(
@@ -194,27 +189,13 @@ def _fill(
     folder: Path,
 ) -> None:
     """Give every initializer the shards' tensor, or the buffer, that it stands for."""
-    shards = stored(folder)
-    # transformers 5 drops the outermost name of CLIP's tensors, older checkpoints have it.
-    found = {key.split(".", 1)[1]: tensor for key, tensor in shards.items() if "." in key} | shards
-    ties: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        ties.setdefault(id(parameter), []).append(name.removeprefix("model."))
-    aliases = {name: names for names in ties.values() for name in names}
+    weights = of_module(module, folder)
     for key, value in graph.initializers.items():
-        name = key.removeprefix("model.")
-        if key in buffers and name not in found:
-            value.const_value = onnx_ir.Tensor(buffers[key].numpy(), name=key)
-        elif getattr(getattr(value.const_value, "raw", None), "is_meta", False):
+        if key in weights:
             assert value.const_value is not None
-            source = next((found[n] for n in aliases.get(name, [name]) if n in found), None)
-            if source is None or tuple(source.shape) != tuple(value.const_value.shape):
-                has = "lack" if source is None else f"have {list(source.shape)} as"
-                raise BundleError(
-                    f"the weights in {folder} {has} {name}, which needs "
-                    f"{list(value.const_value.shape)}; the file is of another model or was cut"
-                )
-            value.const_value = named(cast(source, value.const_value.dtype), key)
+            value.const_value = named(cast(weights[key], value.const_value.dtype), key)
+        elif key in buffers:
+            value.const_value = onnx_ir.Tensor(buffers[key].numpy(), name=key)
 
 
 def _turn(graph: onnx_ir.Graph) -> None:
@@ -234,7 +215,7 @@ def _turn(graph: onnx_ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
-def _restate(part: nn.Module) -> None:
+def restate(part: nn.Module) -> None:
     """Put the two modules above into a Flux transformer."""
     from diffusers import FluxTransformer2DModel
 
@@ -258,6 +239,9 @@ def _tidy(model: onnx_ir.Model) -> onnx_ir.Model:
         # A printed Python list: the scopes from the outermost to the node itself.
         scope = scopes.strip("[]").replace("'", "").split(", ")[-2:-1]
         module = scope[0].removeprefix("model.") if scope else ""
+        if node.op_type == "Attention" and module and module not in taken:
+            node.name = module
+            taken.add(module)
         if node.op_type in ("MatMul", "Gemm", "Conv") and module and module not in taken:
             node.name = module
             taken.add(module)

@@ -216,13 +216,17 @@ def _ort_operations(graph: Path) -> dict[str, Counter[str]]:
         onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(str(optimized), load_external_data=False).graph.node
     makers = {name: node for node in nodes for name in node.output}
+
+    def from_eight(name: str) -> bool:
+        """ONNX Runtime puts a Cast behind what is fp16 in the file, for its kernels are fp32."""
+        while name in makers and makers[name].op_type == "Cast":
+            name = makers[name].input[0]
+        return name in makers and makers[name].op_type == "DequantizeLinear"
+
     counts: dict[str, Counter[str]] = {}
     for node in nodes:
         if node.op_type in (*PRODUCTS, "FusedMatMul", "FusedGemm", "FusedConv", "NhwcFusedConv"):
-            eight = [
-                name in makers and makers[name].op_type == "DequantizeLinear"
-                for name in node.input[:2]
-            ]
+            eight = [from_eight(name) for name in node.input[:2]]
             how = "f32 of 8 bits" if all(eight) else "f32 of 8-bit weights" if eight[1] else "f32"
             counts.setdefault(node.op_type, Counter())[how] += 1
         elif node.op_type in _INTEGER or node.op_type.startswith("QLinear"):

@@ -13,13 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
 import numpy as np
 import onnx_ir
 from numpy.typing import NDArray
 from safetensors import safe_open
+
+from dermaflux.engines import eager
+from dermaflux.errors import BundleError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Numbers = NDArray[Any]
 
@@ -45,6 +52,47 @@ def stored(folder: Path) -> dict[str, onnx_ir.LazyTensor]:
                     key, _KINDS[header.get_dtype()], header.get_shape(), _reader(file, key)
                 )
     return found
+
+
+def skeleton(checkpoint: Path, part: str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A part whose parameters take no memory: on the device "meta". Buffers hold their numbers."""
+    import torch
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        module = eager.module(checkpoint, part, dtype or torch.float32, weights=False)
+    # An empty parameter is a new one, so layers that shared theirs no longer do.
+    tie: Any = getattr(module.model, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return module
+
+
+def of_module(module: nn.Module, folder: Path) -> dict[str, onnx_ir.LazyTensor]:
+    """The tensors of a part's parameters in a folder's shards, by the names that the module has.
+
+    Raises:
+        BundleError: the shards lack one, or have it in another shape.
+    """
+    shards = stored(folder)
+    # transformers 5 drops the outermost name of CLIP's tensors, older checkpoints have it.
+    found = {key.split(".", 1)[1]: tensor for key, tensor in shards.items() if "." in key} | shards
+    parameters = list(module.named_parameters(remove_duplicate=False))
+    # A tensor that layers share is stored by one of its names.
+    ties: dict[int, list[str]] = {}
+    for name, parameter in parameters:
+        ties.setdefault(id(parameter), []).append(name.removeprefix("model."))
+    tensors = {}
+    for name, parameter in parameters:
+        source = next((found[n] for n in ties[id(parameter)] if n in found), None)
+        if source is None or tuple(source.shape) != tuple(parameter.shape):
+            has = "lack" if source is None else f"have {list(source.shape)} as"
+            raise BundleError(
+                f"the weights in {folder} {has} {name.removeprefix('model.')}, which needs "
+                f"{list(parameter.shape)}; the file is of another model or was cut"
+            )
+        tensors[name] = source
+    return tensors
 
 
 def lazy(

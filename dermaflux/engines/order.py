@@ -149,8 +149,7 @@ def _no_plan(bundle: Bundle, part: str, level: str, machine: Machine) -> str | N
     gpu = machine.gpus[0]
     version = importlib.metadata.version("tensorrt")
     key = trt_plan.Hardware(".".join(map(str, gpu.capability)), version, gpu.driver)
-    path = trt_plan.plan_path(bundle, key, part, level)
-    if path.is_file():
+    if trt_plan.variants(bundle, key, part, level):
         return None
     return f"no plan of {part} in {level} for {key.key}; {trt_plan.command(bundle, part, level)}"
 

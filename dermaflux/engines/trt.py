@@ -9,6 +9,9 @@ What has run: every line against a stand-in for TensorRT and for CUDA (`tests/fa
 whose names and parameters are compared with those of the real bindings 10.15, 10.16 and 11.4. What
 has not: TensorRT itself, and a GPU.
 
+A plan of one shape is faster at its shape than one for all shapes, so where both are built each
+call takes the one that fits it; every plan in use holds weights of its own.
+
     >>> engine = load(bundle, "transformer", "fp8")
     >>> engine.run({"hidden_states": tokens, ...})["out_hidden_states"]
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +33,17 @@ from dermaflux.bundle import Bundle
 from dermaflux.engines import TENSORRT, Array, Arrays
 from dermaflux.engines.cuda import Cuda
 from dermaflux.engines.trt_api import ICudaEngine, TensorRT, import_tensorrt, logger
-from dermaflux.engines.trt_plan import DYNAMIC, Hardware, Plan, command, open_plan
+from dermaflux.engines.trt_plan import (
+    DYNAMIC,
+    Hardware,
+    Plan,
+    Range,
+    command,
+    open_plan,
+    plan_path,
+    read_sidecar,
+    variants,
+)
 from dermaflux.engines.trt_slot import Slot
 from dermaflux.errors import EngineError
 
@@ -45,22 +59,87 @@ def load(
     part: str,
     precision: str,
     *,
-    variant: str = DYNAMIC,
+    variant: str | None = None,
     trt: TensorRT | None = None,
     cuda: Cuda | None = None,
-) -> TrtEngine:
-    """The engine of a part's plan for this machine.
+) -> TrtEngine | TrtPlans:
+    """The engine of a part's plans for this machine.
 
-    `variant` is `dynamic` or a static `<height>x<width>x<batch>`; `trt` and `cuda` stand in for the
-    real ones in tests.
+    `variant` is `dynamic` or a static `<height>x<width>x<batch>`, and all that are there without
+    it; `trt` and `cuda` stand in for the real ones in tests.
 
     Raises:
         EngineError: no TensorRT or GPU here, or no plan that may be opened here; with the command.
     """
     api: TensorRT = trt if trt is not None else import_tensorrt()
     device = cuda if cuda is not None else Cuda()
-    plan = open_plan(bundle, part, precision, Hardware.of(api.__version__, device), variant)
-    return TrtEngine(plan, command(bundle, part, precision, variant), api, device)
+    hardware = Hardware.of(api.__version__, device)
+
+    def opened(which: str) -> TrtEngine:
+        plan = open_plan(bundle, part, precision, hardware, which)
+        return TrtEngine(plan, command(bundle, part, precision, which), api, device)
+
+    if variant is not None:
+        return opened(variant)
+    built = variants(bundle, hardware, part, precision)
+    if built in ([], [DYNAMIC]):
+        return opened(DYNAMIC)
+    profiles = {
+        which: read_sidecar(plan_path(bundle, hardware, part, precision, which)).profile
+        for which in built
+    }
+    return TrtPlans(precision, profiles, opened, command(bundle, part, precision))
+
+
+class TrtPlans:
+    """Plans of one graph for several shapes: each call runs on the first that takes its shapes,
+    static ones before the one for all. A plan is opened at its first call, and stays."""
+
+    name = TENSORRT
+
+    def __init__(
+        self,
+        precision: str,
+        profiles: Mapping[str, Mapping[str, Range]],
+        opened: Callable[[str], TrtEngine],
+        rebuild: str,
+    ) -> None:
+        self.precision = precision
+        self._profiles = dict(sorted(profiles.items(), key=lambda item: item[0] == DYNAMIC))
+        self._opened = opened
+        self._rebuild = rebuild
+        self._engines: dict[str, TrtEngine] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def replays(self) -> int:
+        """See `TrtEngine.replays`."""
+        return sum(engine.replays for engine in list(self._engines.values()))
+
+    @property
+    def open_variants(self) -> tuple[str, ...]:
+        """The plans that are in use."""
+        return tuple(self._engines)
+
+    def run(self, inputs: Arrays) -> dict[str, Array]:
+        """See `Engine.run`."""
+        return self._fitting(inputs).run(inputs)
+
+    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+        """See `Engine.bind`: what stays the same tells the shape of the rest."""
+        return self._fitting(constant).bind(constant)
+
+    def _fitting(self, inputs: Arrays) -> TrtEngine:
+        for variant, profile in self._profiles.items():
+            if all(name in profile and profile[name].takes(v.shape) for name, v in inputs.items()):
+                with self._lock:
+                    if variant not in self._engines:
+                        self._engines[variant] = self._opened(variant)
+                    return self._engines[variant]
+        shapes = {name: value.shape for name, value in inputs.items()}
+        raise EngineError(
+            f"none of the plans ({', '.join(self._profiles)}) takes {shapes}. {self._rebuild}"
+        )
 
 
 class TrtEngine:

@@ -13,6 +13,7 @@ and flags it was built with. The sidecar is written last; a plan without one is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from dermaflux.strict import read
 
 SCHEMA: Final = 1
 FOLDER: Final = "engines"
+_STATIC: Final = re.compile(r"_\d+x\d+x\d+")
 DYNAMIC: Final = "dynamic"
 """The variant that takes every size; the others are named `<height>x<width>x<batch>`."""
 
@@ -102,6 +104,17 @@ def plan_path(
     """Where a plan lies, or would; its sidecar has `.json` behind it."""
     suffix = "" if variant == DYNAMIC else f"_{variant}"
     return bundle.path / FOLDER / hardware.key / f"{part}_{precision}{suffix}.plan"
+
+
+def variants(bundle: Bundle, hardware: Hardware, part: str, precision: str) -> list[str]:
+    """The variants of a part that are built for this hardware; their plans are not opened."""
+    stem, end = f"{part}_{precision}", ".plan.json"
+    found = []
+    for file in sorted((bundle.path / FOLDER / hardware.key).glob(f"{stem}*{end}")):
+        rest = file.name.removeprefix(stem).removesuffix(end)
+        if not rest or _STATIC.fullmatch(rest):
+            found.append(rest.removeprefix("_") or DYNAMIC)
+    return found
 
 
 def graph_files(bundle: Bundle, part: str, precision: str) -> tuple[Data, ...]:

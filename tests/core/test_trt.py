@@ -24,7 +24,7 @@ from dermaflux.engines import cuda as cuda_module
 from dermaflux.engines import trt as trt_module
 from dermaflux.engines.cuda import Cuda
 from dermaflux.engines.ort import OrtEngine
-from dermaflux.engines.trt import TrtEngine, load
+from dermaflux.engines.trt import TrtEngine, TrtPlans, load
 from dermaflux.engines.trt_plan import DYNAMIC, Hardware, open_plan, plan_path, read_sidecar
 from dermaflux.errors import EngineError
 from export.compile import Settings, compile_bundle
@@ -60,7 +60,7 @@ class Machine:
         asked = Settings(bundle.path, **settings)
         compile_bundle(asked, self.trt, self.cuda)
 
-    def load(self, bundle: Bundle, variant: str = DYNAMIC) -> TrtEngine:
+    def load(self, bundle: Bundle, variant: str | None = DYNAMIC) -> TrtEngine | TrtPlans:
         return load(bundle, "transformer", "fp32", variant=variant, trt=self.trt, cuda=self.cuda)
 
 
@@ -112,6 +112,32 @@ def test_a_dynamic_plan_computes_what_its_graph_does_at_every_size(
     given = inputs(*size)
     assert same(engine.run(given), reference.run(given))
     assert engine.replays == 0
+
+
+def test_a_static_plan_runs_what_it_fits_and_the_dynamic_one_the_rest(machine, bundle, reference):
+    engine = machine.load(bundle, variant=None)
+    assert engine.open_variants == ()
+    for size, variant in (((1, 8, 8), "64x64x1"), ((2, 8, 8), "64x64x2"), ((3, 8, 8), DYNAMIC)):
+        given = inputs(*size)
+        step = engine.bind({name: given[name] for name in BOUND})
+        varying = {name: given[name] for name in ("hidden_states", "timestep")}
+        assert same(step(varying), reference.run(given))
+        assert same(engine.run(given), reference.run(given))
+        assert engine.open_variants[-1] == variant
+    with pytest.raises(EngineError, match="none of the plans .* takes .*export.compile"):
+        engine.run(inputs(1, 64, 64))
+    assert len(engine.open_variants) == 3
+
+
+def test_static_plans_alone_are_plans(machine, copy, reference):
+    plan = plan_path(copy, machine.hardware, "transformer", "fp32")
+    plan.unlink()
+    plan.with_name(f"{plan.name}.json").unlink()
+    engine = machine.load(copy, variant=None)
+    assert same(engine.run(inputs(1)), reference.run(inputs(1)))
+    assert engine.open_variants == ("64x64x1",)
+    with pytest.raises(EngineError, match="none of the plans"):
+        engine.run(inputs(3))
 
 
 def test_sizes_may_change_from_call_to_call(machine, bundle, reference):

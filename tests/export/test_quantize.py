@@ -16,9 +16,10 @@ from onnxruntime import quantization
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.engines import OPENVINO, ORT
 from dermaflux.errors import EngineError
-from export.quantized import LARGEST, layers, missing, quantized
+from export.quantized import LARGEST, attentions, layers, missing, quantized
 from export.recipes import RECIPES, Recipe
 from export.reference import requests
+from export.trace import write
 from export.verify import Graph, operations, require_active
 
 # A block with two streams has 6 projections of tokens to attention, 2 back and 4 of its MLPs; a
@@ -93,7 +94,7 @@ def test_it_is_symmetric_and_scaled_as_the_runtimes_take_it(exported, precision)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_both_ends_stay_in_fp32_and_modulations_do_not(exported, precision):
+def test_both_ends_stay_high_and_modulations_do_not(exported, precision):
     kinds = {
         w.name: w.data_type for w in _graph(exported, "transformer", precision).graph.initializer
     }
@@ -103,7 +104,7 @@ def test_both_ends_stay_in_fp32_and_modulations_do_not(exported, precision):
         "proj_out",
         "time_text_embed.timestep_embedder.linear_1",
     ):
-        assert kinds[f"{layer}.weight"] == TensorProto.FLOAT
+        assert kinds[f"{layer}.weight"] == TensorProto.FLOAT16
     for layer in ("norm_out.linear", "transformer_blocks.0.norm1.linear"):
         assert f"{layer}.weight" not in kinds
         assert kinds[f"{layer}.weight_in8"] == EIGHT[precision]
@@ -144,6 +145,30 @@ def test_smoothquant_leaves_the_product_as_it_is(fp32, tmp_path):
     )
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_attention_in_8_bits_where_it_is_asked_for(fp32, tmp_path, precision):
+    model, seen = fp32
+    recipe = replace(RECIPES[precision]["transformer"], attention=True)
+    names = [name for _, _, name in attentions(model)]
+    assert len(names) == 3 * 3
+    with pytest.raises(EngineError, match=rf"lacks 1 layers, {names[4]} first"):
+        quantized(model.clone(), recipe, {k: v for k, v in seen.items() if k != names[4]})
+    plain, more = model.clone(), model.clone()
+    assert quantized(plain, replace(recipe, attention=False), seen) == quantized(more, recipe, seen)
+    for graph, factors in ((plain, 0), (more, 3)):
+        fed = [
+            [value.producer().op_type for value in node.inputs[:3]].count("DequantizeLinear")
+            for node in graph.graph
+            if node.op_type == "Attention"
+        ]
+        assert fed == [factors] * 3
+    write(more, tmp_path / "model.onnx")
+    scales = {v.name: v.const_value for v in more.graph.initializers.values()}
+    for name in names:
+        most = float(scales[f"{name}.input_scale"].numpy()) * LARGEST[recipe.kind]
+        assert most == pytest.approx(float(seen[name][0]), rel=1e-3)
+
+
 def test_a_table_of_another_model_is_refused(fp32):
     model, seen = fp32
     recipe = RECIPES["fp8"]["transformer"]
@@ -169,7 +194,9 @@ def fp32(exported):
     """The tiny transformer's graph, and a table that says 4 of everything."""
     model = onnx_ir.load(exported.file(exported.parts["transformer"].files["fp32"].path))
     onnx_ir.passes.common.ShapeInferencePass()(model)
-    return model, {x.name: np.full(x.width, 4, np.float32) for x in layers(model)}
+    widths = {layer.name: layer.width for layer in layers(model)}
+    widths |= {name: 1 for _, _, name in attentions(model)}
+    return model, {name: np.full(width, 4, np.float32) for name, width in widths.items()}
 
 
 def test_requests_are_the_models_own_and_repeat(tiny_checkpoint):

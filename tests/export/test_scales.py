@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from dermaflux.bundle import GENERATOR_PARTS
 from dermaflux.checkpoint import Checkpoint
+from dermaflux.engines import eager
 from dermaflux.errors import BundleError
 from dermaflux.hardware import Machine, Memory
 from export import calibrate as calibration
 from export.__main__ import main as export_main
 from export.calibrate import calibrate
+from export.offload import offloaded
 from export.quantize import main
 from export.reference import read_requests, requests
 from export.scales import Scales
+from export.shapes import Size, examples
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,50 @@ def test_what_is_saved_is_read(made):
     single = found.parts["transformer"]["single_transformer_blocks.0.attn.to_q"]
     assert single.shape == (32,)
     assert (single > 0).all()
-    assert "x_embedder" not in found.parts["transformer"]
+    # What recipes keep high is known as well, and what attention multiplies.
+    assert found.parts["transformer"]["x_embedder"].shape == (16,)
+    assert found.parts["transformer"]["transformer_blocks.0.attn.key"].shape == (1,)
+    assert set(found.parts) == {*GENERATOR_PARTS, "classifier"}
+
+
+def test_attention_is_seen_where_it_multiplies(made, tiny_checkpoint, monkeypatch):
+    """The largest of a query is that after its norm and its rotation, which keeps lengths."""
+    table, _ = made
+    largest = table.parts["transformer"]
+    for block in ("transformer_blocks.0.attn", "single_transformer_blocks.1.attn"):
+        for factor in ("query", "key"):
+            # RMS norm: a head of 16 numbers has the length 4, times the norm's weights, here 1.
+            assert 0.5 < float(largest[f"{block}.{factor}"][0]) <= 4.001
+
+
+def test_weights_that_stay_on_the_disk_give_the_same_table(made, tiny_checkpoint, tmp_path):
+    whole, _ = made
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    asked = requests(checkpoint, 2, seed=1)
+    found = calibrate(checkpoint, asked, tmp_path / "t.npz", offload=True, batch=2)
+    for part, channels in whole.parts.items():
+        assert found.parts[part].keys() == channels.keys()
+        for layer, numbers in channels.items():
+            np.testing.assert_allclose(found.parts[part][layer], numbers, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_weights_are_not_in_memory(tiny_checkpoint):
+    engine = offloaded(tiny_checkpoint, "transformer")
+    example = examples(Checkpoint.open(tiny_checkpoint), "transformer", Size(2, 32, 32))
+    resident = eager.load(tiny_checkpoint, "transformer").run(example)
+    found = engine.run(example)["out_hidden_states"]
+    np.testing.assert_allclose(found, resident["out_hidden_states"], rtol=1e-4, atol=1e-5)
+    assert all(parameter.is_meta for parameter in engine.model.parameters())
+
+
+def test_a_shard_that_lacks_a_tensor_is_refused_before_anything_runs(tiny_checkpoint, tmp_path):
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    file = other / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["proj_out.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(BundleError, match="lack proj_out.weight"):
+        offloaded(other, "transformer")
 
 
 def test_a_stopped_calibration_goes_on(made, tiny_checkpoint, tmp_path, monkeypatch):
@@ -68,8 +115,8 @@ def test_a_table_of_other_weights_is_refused(made, tiny_checkpoint, tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(BundleError, match="measured on other weights of transformer"):
         table.require(other, "transformer")
-    with pytest.raises(BundleError, match="has no vae_decoder"):
-        table.require(tiny_checkpoint, "vae_decoder")
+    with pytest.raises(BundleError, match="has no vae_encoder"):
+        table.require(tiny_checkpoint, "vae_encoder")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"{}"])
@@ -125,6 +172,27 @@ def test_requests_of_a_file(tiny_checkpoint, tmp_path):
         path.write_text(wrong)
         with pytest.raises(BundleError, match=why):
             read_requests(checkpoint, path)
+
+
+@pytest.mark.parametrize(("part", "by"), [("transformer", "block"), ("vae_decoder", "kind")])
+def test_sensitivity(made, tiny_checkpoint, tmp_path, capsys, part, by):
+    out = tmp_path / "s.json"
+    arguments = ["--sensitivity", str(tiny_checkpoint), "--scales", str(made[1]), "--part", part]
+    assert main([*arguments, "--by", by, "--prompts", "1", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {(row["name"], row["high"]): row for row in result["blocks"]}
+    blocks = [row for row in result["blocks"] if row["name"] != "all"]
+    assert sum(row["weights"] for row in blocks) == pytest.approx(1)
+    assert [row["error"] for row in blocks] == sorted((r["error"] for r in blocks), reverse=True)
+    if part == "transformer":
+        assert rows["x_embedder", True]["layers"] == 1
+        both = rows["single_transformer_blocks.1", False]
+        assert 0 < both["error"] < rows["all", False]["error"] < 0.3
+    else:
+        # It has no recipe, so there is nothing to be measured as a whole.
+        assert ("decoder.up_blocks.*.resnets.*.conv1", True) in rows
+        assert all(high for _, high in rows)
 
 
 def test_sensitivity_needs_a_table(tiny_checkpoint, capsys):

@@ -87,6 +87,14 @@ class LoraLinear(nn.Module):
         """The frozen bias."""
         return self.base.bias
 
+    def merges(self, rows: int) -> bool:
+        """Whether so many rows go through the merged weight."""
+        if not self.plain or not isinstance(self.base, nn.Linear):
+            return False
+        weight = self.base.weight
+        exact = weight.dtype == torch.float32
+        return exact and _merging_pays(rows, weight.shape, self.down.shape[0])
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.plain or not isinstance(self.base, nn.Linear):
             update = F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
@@ -94,7 +102,7 @@ class LoraLinear(nn.Module):
             return result
         rows = x.numel() // x.shape[-1]
         weight, bias = self.base.weight, self.base.bias
-        if weight.dtype == torch.float32 and _merging_pays(rows, weight.shape, self.down.shape[0]):
+        if self.merges(rows):
             merged: Tensor = _Merged.apply(x, weight, bias, self.down, self.up, self.scale)
             return merged
         apart: Tensor = _Apart.apply(x, weight, bias, self.down, self.up, self.scale)
@@ -105,17 +113,17 @@ def _merging_pays(rows: int, shape: torch.Size, rank: int) -> bool:
     """Compares multiplications beside those of the frozen layer's own two products."""
     out, width = shape
     apart = 3 * rows * rank * (width + out)
-    merged = rank * width * out + min(_by_weight(rows, out, width, rank),
-                                      _by_factors(rows, out, width, rank))  # fmt: skip
+    merged = rank * width * out + min(by_weight(rows, out, width, rank),
+                                      by_factors(rows, out, width, rank))  # fmt: skip
     return merged < apart
 
 
-def _by_weight(rows: int, out: int, width: int, rank: int) -> int:
+def by_weight(rows: int, out: int, width: int, rank: int) -> int:
     """The factors' gradients through that of the whole weight."""
     return rows * out * width + 2 * rank * out * width
 
 
-def _by_factors(rows: int, out: int, width: int, rank: int) -> int:
+def by_factors(rows: int, out: int, width: int, rank: int) -> int:
     """The factors' gradients by themselves."""
     return 2 * rows * rank * (out + width)
 
@@ -175,7 +183,7 @@ class _Merged(torch.autograd.Function):
         flat, merged, down, up = ctx.saved_tensors
         above = gradients[0].reshape(-1, gradients[0].shape[-1])
         sizes = (flat.shape[0], *merged.shape, down.shape[0])
-        if _by_weight(*sizes) < _by_factors(*sizes):
+        if by_weight(*sizes) < by_factors(*sizes):
             of_merged = above.t() @ flat
             of_up, of_down = of_merged @ down.t(), up.t() @ of_merged
         else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dermaflux import flow
+from training.lora.attention import Attention
 from training.lora.base import DTYPES, Base, Writer
 from training.lora.float8 import Float8Linear
 from training.lora.layers import BLOCKS, LoraLinear, inject, targets
@@ -77,6 +78,7 @@ class Trainee(nn.Module):
                 layers |= {f"{part}.{name}": layer for name, layer in found.items()}
         trainee = cls(transformer, writer, base, settings.guidance)
         trainee.layers, trainee.dtype = layers, dtype
+        transformer.set_attn_processor(Attention())
         if settings.checkpointing:
             transformer.enable_gradient_checkpointing()
         trainee.eval()

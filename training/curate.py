@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dermaflux import dataset, duplicates
+from dermaflux import dataset, duplicates, thumbnails
 from dermaflux.command import ended
 from dermaflux.errors import DatasetError
 from training import audit, data, grouping, importing, joining, leaks
@@ -98,7 +98,7 @@ def _leaks(options: argparse.Namespace) -> int:
         raise DatasetError(f"{options.dataset} has no sample in {', '.join(options.test_splits)}")
     test = leaks.index(samples, options.threads, _bar("reading"))
     parts = [leaks.seen(path, options.splits, options.threads) for path in options.seen]
-    seen = duplicates.joined(parts)
+    seen = thumbnails.joined(parts)
     found = leaks.find(test, seen, options.threads, _bar("comparing"))
     for leak in found:
         print(f"{leak.test} = {leak.seen} ({leaks.reason(leak)})", file=sys.stderr)

@@ -22,9 +22,9 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image, ImageOps
 
-from dermaflux import duplicates
+from dermaflux import duplicates, thumbnails
 from dermaflux.command import ended, option, parsed
-from dermaflux.duplicates import Index
+from dermaflux.thumbnails import Index
 from training import data, grouping
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def misses(
     thumbs, owner = [], []
     for number, file in enumerate(files.values()):
         with Image.open(file) as image:
-            for view in duplicates.views(alter(image.convert("RGB"), rng)):
+            for view in thumbnails.views(alter(image.convert("RGB"), rng)):
                 thumbs.append(view)
                 owner.append(number)
     blank = ("",) * len(files)

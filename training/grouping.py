@@ -17,10 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from dermaflux import duplicates
+from dermaflux import duplicates, thumbnails
 from dermaflux.dataset import Record
-from dermaflux.duplicates import Index, Twin
+from dermaflux.duplicates import Twin
 from dermaflux.errors import DatasetError
+from dermaflux.thumbnails import Index
 
 _ISIC: Final = re.compile(r"ISIC_\d{7}")
 
@@ -33,10 +34,10 @@ def isic_number(name: str) -> str:
 
 def index(
     folder: Path, records: Iterable[Record], threads: int = 2, shown: Any = iter
-) -> duplicates.Built:
+) -> thumbnails.Built:
     """The pictures of records, to know their copies by. Names are the records' `file_name`."""
     listed = ((one.file_name, one.group, folder / one.file_name) for one in records)
-    return duplicates.build(listed, threads, shown)
+    return thumbnails.build(listed, threads, shown)
 
 
 def same(records: Sequence[Record]) -> list[tuple[int, int]]:

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dermaflux import duplicates
-from dermaflux.duplicates import Index
+from dermaflux import duplicates, thumbnails
 from dermaflux.errors import DatasetError
+from dermaflux.thumbnails import Index
 from training import data
 from training.data import Sample
 from training.grouping import isic_number
@@ -52,7 +52,7 @@ def index(samples: Sequence[Sample], threads: int = 2, shown: Any = iter) -> Ind
          one.file)
         for one in samples
     ]  # fmt: skip
-    built = duplicates.build(listed, threads, shown)
+    built = thumbnails.build(listed, threads, shown)
     if built.broken:
         name, reason = next(iter(built.broken.items()))
         raise DatasetError(

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from dermaflux import alignment, duplicates
+from dermaflux import alignment, duplicates, thumbnails
 from dermaflux.errors import DatasetError
 
 Alter = Callable[[Image.Image], Image.Image]
@@ -41,14 +41,14 @@ def jpeg(image: Image.Image, quality: int) -> Image.Image:
     return Image.open(io.BytesIO(stream.getvalue()))
 
 
-def index(images: list[Image.Image], groups: list[str] | None = None) -> duplicates.Index:
+def index(images: list[Image.Image], groups: list[str] | None = None) -> thumbnails.Index:
     thumbs, owner = [], []
     for number, image in enumerate(images):
-        for view in duplicates.views(image):
+        for view in thumbnails.views(image):
             thumbs.append(view)
             owner.append(number)
     names = tuple(str(number) for number in range(len(images)))
-    return duplicates.Index(np.stack(thumbs), np.array(owner), names, tuple(groups or names))
+    return thumbnails.Index(np.stack(thumbs), np.array(owner), names, tuple(groups or names))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_the_nearest_come_with_name_and_group(strangers: list[Image.Image]) -> N
 def test_an_index_comes_back_as_it_was(strangers: list[Image.Image], tmp_path: Path) -> None:
     seen = index(strangers[:4], ["a", "a", "b", "ü"])
     seen.save(tmp_path / "seen.npz")
-    again = duplicates.Index.load(tmp_path / "seen.npz")
+    again = thumbnails.Index.load(tmp_path / "seen.npz")
     assert (again.names, again.groups) == (seen.names, seen.groups)
     assert np.array_equal(again.thumbs, seen.thumbs)
     assert [file.name for file in tmp_path.iterdir()] == ["seen.npz"]
@@ -136,14 +136,14 @@ def test_an_index_comes_back_as_it_was(strangers: list[Image.Image], tmp_path: P
 def test_what_is_no_index_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "seen.npz").write_bytes(content)
     with pytest.raises(DatasetError, match=r"seen\.npz.*training\.data index"):
-        duplicates.Index.load(tmp_path / "seen.npz")
+        thumbnails.Index.load(tmp_path / "seen.npz")
 
 
 def test_an_index_of_another_version_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "seen.npz", thumbs=np.zeros((1, 8, 8), "u1"), owner=[0], names=["a"],
              groups=["a"])  # fmt: skip
     with pytest.raises(DatasetError, match="another version"):
-        duplicates.Index.load(tmp_path / "seen.npz")
+        thumbnails.Index.load(tmp_path / "seen.npz")
 
 
 def test_broken_pictures_are_listed_and_left_out(tmp_path: Path) -> None:
@@ -152,13 +152,13 @@ def test_broken_pictures_are_listed_and_left_out(tmp_path: Path) -> None:
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "c.png").write_bytes(whole[: len(whole) // 2])
     files = [(name, "", tmp_path / name) for name in ("a.png", "b.png", "c.png", "d.png")]
-    built = duplicates.build(files)
+    built = thumbnails.build(files)
     assert built.index.names == ("a.png",)
     assert sorted(built.broken) == ["b.png", "c.png", "d.png"]
 
 
 def test_two_indexes_are_joined(strangers: list[Image.Image]) -> None:
-    both = duplicates.joined([index(strangers[:3]), index([lesion(5, 240, 160), strangers[4]])])
+    both = thumbnails.joined([index(strangers[:3]), index([lesion(5, 240, 160), strangers[4]])])
     assert len(both) == 5
     assert both.owner.tolist() == [0, 1, 2, 3, 3, 4]
 

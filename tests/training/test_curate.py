@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from dermaflux import dataset, duplicates
+from dermaflux import dataset, thumbnails
 from dermaflux.dataset import Record
 from dermaflux.errors import DatasetError
 from tests.core.test_duplicates import lesion
@@ -188,9 +188,9 @@ def test_what_was_not_seen_passes(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_archives_number_is_enough(tmp_path: Path) -> None:
-    def index(name: str) -> duplicates.Index:
+    def index(name: str) -> thumbnails.Index:
         thumbs = np.zeros((1, 48, 48), np.uint8)
-        return duplicates.Index(thumbs, np.zeros(1, np.int64), (name,), ("",))
+        return thumbnails.Index(thumbs, np.zeros(1, np.int64), (name,), ("",))
 
     (leak,) = leaks.find(index("a/ISIC_0024306.jpg"), index("b/ISIC_0024306_downsampled.png"))
     assert leaks.reason(leak) == "both are ISIC_0024306"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dermaflux import flow
-from training.lora.attention import Attention
+from training.lora.attention import Attention, end_early
 from training.lora.base import DTYPES, Base, Writer
 from training.lora.float8 import Float8Linear
 from training.lora.layers import BLOCKS, LoraLinear, inject, targets
@@ -79,6 +79,7 @@ class Trainee(nn.Module):
         trainee = cls(transformer, writer, base, settings.guidance)
         trainee.layers, trainee.dtype = layers, dtype
         transformer.set_attn_processor(Attention())
+        end_early(transformer)
         if settings.checkpointing:
             transformer.enable_gradient_checkpointing()
         trainee.eval()

@@ -1,6 +1,6 @@
 """Peak memory and speed of the export, from outside, at several sizes of the transformer.
 
-    python -m benchmarks.export_memory --blocks 5,10 --blocks 10,19
+    python -m benchmarks.export_memory --blocks 5,10 --blocks 10,19 --calibrate
     python -m benchmarks.export_memory --blocks 19,38 --out benchmarks/results/export_memory.json
 
 `--blocks DOUBLE,SINGLE` are those of a transformer of FLUX.1's width: 5,10 are 3 billion weights,
@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +28,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.peak import peak_of
 from dermaflux import files
 from dermaflux.command import ended
-from dermaflux.errors import EngineError
 
 WIDE: Final[Mapping[str, Any]] = {
     "attention_head_dim": 128,
@@ -44,9 +43,20 @@ WIDE: Final[Mapping[str, Any]] = {
     "patch_size": 1,
 }
 """FLUX.1-dev's transformer, but for its numbers of blocks."""
+_ENDS: Final = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
 _SHARD: Final = 2**30
 _PROBE: Final = 4 * 2**30
+_PASSES: Final = 2
 _CHUNK: Final = 2**24
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A calibration with all weights on the disk: `passes` of the transformer over one image."""
+
+    passes: int
+    seconds: float
+    peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Measured:
     peak_bytes: int
     read_and_written_mb_s: float
     disk_write_mb_s: float
+    calibration: Calibration | None = None
 
 
 def write_checkpoint(
@@ -77,7 +88,10 @@ def write_checkpoint(
     for entry in base.iterdir():
         if entry.name != "transformer":
             (folder / entry.name).symlink_to(entry.resolve())
-    config = {**shape, "num_layers": double, "num_single_layers": single}
+    given = json.loads((base / "transformer/config.json").read_text())
+    # So that the base's text encoders and autoencoder fit it.
+    ends = {name: given[name] for name in _ENDS}
+    config = {**shape, **ends, "num_layers": double, "num_single_layers": single}
     with torch.device("meta"):
         model = FluxTransformer2DModel(**config)
     model.save_config(folder / "transformer")
@@ -108,8 +122,9 @@ def measure(
     blocks: tuple[int, int],
     precision: str,
     shape: Mapping[str, Any] = WIDE,
+    calibrate: bool = False,
 ) -> Measured:
-    """Write a checkpoint into `work`, export it, and remove both.
+    """Write a checkpoint into `work`, export it, and remove both; `calibrate` it first, if asked.
 
     Raises:
         EngineError: the export failed; with its last words.
@@ -121,6 +136,7 @@ def measure(
         # Ranges that nobody measured: the bytes written are as many, and no image is made.
         assumed = ["export.quantize", "--calibrate", str(checkpoint), "--assume", "8"]
         _run([*assumed, "--out", str(table)])
+        calibration = _calibration(work, checkpoint) if calibrate else None
         started = time.monotonic()
         peak = _run(
             [
@@ -143,10 +159,25 @@ def measure(
             peak_bytes=peak,
             read_and_written_mb_s=round((bytes_in + bytes_out) / seconds / 1e6, 1),
             disk_write_mb_s=round(disk_rate(work, min(bytes_out, _PROBE)) / 1e6, 1),
+            calibration=calibration,
         )
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
         shutil.rmtree(bundle, ignore_errors=True)
+
+
+def _calibration(work: Path, checkpoint: Path) -> Calibration:
+    """Of one image in as few steps as show that memory does not grow with them."""
+    requests = work / "requests.jsonl"
+    requests.write_text(json.dumps({"prompt": "a nevus", "steps": _PASSES}) + "\n")
+    started = time.monotonic()
+    peak = _run(
+        [
+            *("export.quantize", "--calibrate", str(checkpoint), "--offload", "--dtype", "bf16"),
+            *("--requests", str(requests), "--out", str(work / "measured.npz")),
+        ]
+    )
+    return Calibration(_PASSES, round(time.monotonic() - started, 1), peak)
 
 
 def disk_rate(folder: Path, count: int) -> float:
@@ -174,7 +205,13 @@ def run(options: argparse.Namespace) -> None:
         options.work.mkdir(parents=True, exist_ok=True)
     for blocks in options.blocks:
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
-            found = measure(Path(folder), options.base, blocks, options.precision)
+            found = measure(
+                Path(folder),
+                options.base,
+                blocks,
+                options.precision,
+                calibrate=options.calibrate,
+            )
         result["exports"].append(asdict(found))
         print(
             f"{found.weights / 1e9:5.1f} billion weights: peak {found.peak_bytes / 1e9:.2f} GB, "
@@ -199,16 +236,7 @@ def _weights(random: np.random.Generator, shape: tuple[int, ...]) -> Any:
 
 def _run(arguments: Sequence[str]) -> int:
     """Run a command of ours; the largest resident memory of it, in bytes."""
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            words = log.read()[-2000:].decode(errors="replace")
-            raise EngineError(f"python -m {' '.join(arguments)} failed: {words}")
-    # Linux counts in KiB, macOS in bytes.
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_of([sys.executable, "-m", *arguments])
 
 
 def _bytes(folder: Path) -> int:
@@ -229,6 +257,11 @@ def _parser() -> argparse.ArgumentParser:
         "--blocks", type=_pair, action="append", required=True, help="DOUBLE,SINGLE; repeatable"
     )
     parser.add_argument("--precision", default="fp8", help="default: fp8")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure a calibration from the disk as well (export.quantize --calibrate --offload)",
+    )
     parser.add_argument(
         "--base", type=Path, default=Path("models/mini"), help="the other parts' checkpoint"
     )

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,24 +29,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.export_memory import WIDE, disk_rate, write_checkpoint
+from benchmarks.peak import peak_of
 from dermaflux import files
 from dermaflux.command import ended
-from dermaflux.errors import EngineError
 
 RANK: Final = 64
 _PROBE: Final = 4 * 2**30
-
-# A process begins with the largest memory of the one that started it (Linux' exec_mmap keeps it):
-# the benchmark, which made the weights, would be counted as the command. A small one in between
-# starts it instead.
-_BETWEEN: Final = """
-import os, subprocess, sys
-process = subprocess.Popen(sys.argv[2:])
-_, status, usage = os.wait4(process.pid, 0)
-with open(sys.argv[1], "w") as stream:
-    stream.write(str(usage.ru_maxrss))
-sys.exit(abs(os.waitstatus_to_exitcode(status)))
-"""
 
 
 @dataclass(frozen=True)
@@ -137,25 +124,6 @@ def measure(
         for folder in (checkpoint, merged):
             shutil.rmtree(folder, ignore_errors=True)
         adapter.unlink(missing_ok=True)
-
-
-def peak_of(command: Sequence[str]) -> int:
-    """Run a command to its end; the largest resident memory of its process, in bytes.
-
-    Raises:
-        EngineError: it failed; with its last words.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        told, log = Path(folder) / "peak", Path(folder) / "log"
-        with log.open("wb") as stream:
-            done = subprocess.run(
-                [sys.executable, "-c", _BETWEEN, str(told), *command], stdout=stream, stderr=stream
-            )
-        if done.returncode:
-            words = log.read_bytes()[-2000:].decode(errors="replace")
-            raise EngineError(f"{' '.join(command)} failed: {words}")
-        # Linux counts in KiB, macOS in bytes.
-        return int(told.read_text()) * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -109,8 +109,10 @@ class RotaryAttention:
             value = torch.cat([text_value, value], dim=2)
         # RotaryEmbedding wants angles per item of the batch.
         cos, sin = (angle.expand(query.shape[0], -1, -1) for angle in image_rotary_emb)
-        query = torch.onnx.ops.rotary_embedding(query, cos, sin, interleaved=True)
-        key = torch.onnx.ops.rotary_embedding(key, cos, sin, interleaved=True)
+        query, key = (
+            torch.onnx.ops.rotary_embedding(x.float(), cos, sin, interleaved=True).to(value.dtype)
+            for x in (query, key)
+        )
         mixed = self.mix(query, key, value).transpose(1, 2).flatten(2, 3)
         if encoder_hidden_states is None:
             return mixed

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from benchmarks.merge_memory import measure, peak_of
+from benchmarks.merge_memory import measure
+from benchmarks.peak import peak_of
 from dermaflux.errors import EngineError
 
 SHAPE = {

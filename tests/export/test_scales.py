@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from dermaflux.bundle import GENERATOR_PARTS
@@ -57,6 +58,19 @@ def test_attention_is_seen_where_it_multiplies(made, tiny_checkpoint, monkeypatc
         for factor in ("query", "key"):
             # RMS norm: a head of 16 numbers has the length 4, times the norm's weights, here 1.
             assert 0.5 < float(largest[f"{block}.{factor}"][0]) <= 4.001
+
+
+def test_it_runs_in_bf16_as_well(made, tiny_checkpoint):
+    whole, _ = made
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    found = calibrate(checkpoint, requests(checkpoint, 2, seed=1), dtype=torch.bfloat16)
+    for layer in (
+        "x_embedder",
+        "transformer_blocks.0.attn.to_out.0",
+        "transformer_blocks.0.attn.key",
+    ):
+        largest = whole.parts["transformer"][layer]
+        np.testing.assert_allclose(found.parts["transformer"][layer], largest, rtol=0.3, atol=0.1)
 
 
 def test_weights_that_stay_on_the_disk_give_the_same_table(made, tiny_checkpoint, tmp_path):

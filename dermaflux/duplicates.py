@@ -42,7 +42,16 @@ Block = TypeVar("Block")
 Result = TypeVar("Result")
 
 SAME: Final = 0.7
-"""Similarity from which two pictures are one."""
+"""Similarity from which two pictures are one.
+
+Measured by `python -m training.duplicate_rates` on HAM10000 (6,948 pictures of 224 pixels) and ISIC
+2017 (2,847), 1,000 altered copies of each. Missed of HAM10000's and ISIC 2017's copies: 0.1 and 0.0
+% recompressed at quality 30, none that were shrunk, squashed, flipped or turned, 0.1 and 1.9 % made
+lighter (until they clip), 0.2 and 0.4 % turned by 3 degrees, 0.0 and 0.1 % cropped by 3 %, 0.9 and
+1.1 % by 5 %, but 18 and 20 % where 10 % was cropped off one corner. False alarms: none of 28
+million pairs. 38 were found across groups, and all are true copies to the eye; the most alike
+strangers (other lesions in the same round frame) reach 0.61.
+"""
 
 _LOW: Final = 10
 """Cosine coefficients a side of the first look: fewer confuse lesions, more lose small crops."""

@@ -347,7 +347,7 @@ def test_two_processes_are_one(make: Make, shard: list[str]) -> None:
     command += shard
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["steps"] == 3
     found, wanted = torch.tensor(_curve(two)), torch.tensor(_curve(one.out))

@@ -32,8 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from training.lora.run import run
 
         result = run(settings)
-        if PartialState().is_main_process:
+        state = PartialState()
+        if state.is_main_process:
             print(json.dumps(dict(result.report)))
+        # Processes leave together: one that is left alone aborts.
+        state.wait_for_everyone()
+        state.destroy_process_group()
         return result.status
 
     return ended(work)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dermaflux import files
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.engines import eager
+from dermaflux.engines import eager, parts
 from dermaflux.errors import BundleError
 from training.lora import bfl
 from training.lora.settings import Settings, SettingsError
@@ -86,7 +86,7 @@ class Base:
             return bfl.transformer(self.single, config, dtype)
         if four_bits:
             return _in_four_bits(self.checkpoint.path / "transformer")
-        opened: Any = eager.module(self.checkpoint.path, "transformer", dtype)
+        opened: Any = parts.module(self.checkpoint.path, "transformer", dtype)
         return opened.model
 
     def part(self, name: str, dtype: torch.dtype) -> nn.Module:
@@ -95,7 +95,7 @@ class Base:
         Raises:
             EngineError: its weights are not there or do not fit.
         """
-        return eager.module(self.checkpoint.path, name, dtype)
+        return parts.module(self.checkpoint.path, name, dtype)
 
     def weights(self, part: str) -> list[Path]:
         """The files of a part (`vae`, `transformer`, `text_encoder`, ...), sorted.
@@ -108,7 +108,7 @@ class Base:
         folder = self.checkpoint.path / part
         found = sorted(folder.glob("*.safetensors"))
         if not found:
-            raise BundleError(f"{folder} has no .safetensors{eager.pickled(folder)}")
+            raise BundleError(f"{folder} has no .safetensors{parts.pickled(folder)}")
         return found
 
     def digest(self, part: str, memory: Path) -> str:

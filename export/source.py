@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dermaflux import vocabulary
 from dermaflux.bundle import TOKENIZERS
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.engines import eager
+from dermaflux.engines import parts
 from dermaflux.errors import BundleError
 from export import tokenizer
 
@@ -116,7 +116,7 @@ def _weight_problems(folder: Path) -> Iterator[str]:
     for name in sorted(names):
         where = f"{folder.name}/{name}"
         if not (folder / name).is_file():
-            yield f"{where} is missing{eager.pickled(folder)}"
+            yield f"{where} is missing{parts.pickled(folder)}"
             continue
         try:
             _keys(folder / name)

@@ -21,7 +21,7 @@ import onnx_ir
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from dermaflux.engines import eager
+from dermaflux.engines import parts
 from dermaflux.errors import BundleError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def skeleton(checkpoint: Path, part: str, dtype: torch.dtype | None = None) -> n
     from accelerate import init_empty_weights
 
     with init_empty_weights():
-        module = eager.module(checkpoint, part, dtype or torch.float32, weights=False)
+        module = parts.module(checkpoint, part, dtype or torch.float32, weights=False)
     # An empty parameter is a new one, so layers that shared theirs no longer do.
     tie: Any = getattr(module.model, "tie_weights", None)
     if tie is not None:

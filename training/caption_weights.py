@@ -109,7 +109,7 @@ def opened(asking: Asking) -> tuple[Any, Any]:
 def _pickle(asking: Asking) -> str:
     if not Path(asking.model).is_dir():
         return ""
-    from dermaflux.engines.eager import pickled
+    from dermaflux.engines.parts import pickled
 
     return pickled(Path(asking.model))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from dermaflux import flow
-from dermaflux.engines import eager
+from dermaflux.engines import parts
 from dermaflux.pipeline import Pipeline
 from training import data, generator, states
 from training.figures import Figure, Floats, Pixels, interval, resampled
@@ -93,7 +93,7 @@ def _errors(pipeline: Pipeline, checkpoint: Path, teacher: generator.Generator, 
     """Relative errors [2, N] of the distilled and of the undistilled forward at every guidance."""
     spec, random, count = pipeline.model, np.random.default_rng(seed), len(images)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    mean = eager.module(checkpoint, "vae_encoder")(pixels)[0].chunk(2, dim=1)[0]
+    mean = parts.module(checkpoint, "vae_encoder")(pixels)[0].chunk(2, dim=1)[0]
     latents = ((mean - spec.shift_factor) * spec.scaling_factor).numpy()
     clean = torch.from_numpy(flow.pack(latents))
     positions = torch.from_numpy(flow.image_ids(*latents.shape[2:]))
@@ -105,7 +105,7 @@ def _errors(pipeline: Pipeline, checkpoint: Path, teacher: generator.Generator, 
     ids = [torch.from_numpy(pipeline.tokenizers[n].ids([*captions, ""])) for n in names]
     hidden, pooled = teacher.encode(*ids)
     text, empty = (hidden[:-1], pooled[:-1]), (hidden[-1:], pooled[-1:])
-    student = eager.module(checkpoint, "transformer")
+    student = parts.module(checkpoint, "transformer")
 
     def wanted(level: float) -> Tensor:
         weight = torch.full((count,), level)

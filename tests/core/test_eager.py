@@ -103,9 +103,9 @@ def test_every_part_has_the_tensors_of_a_bundle(tiny_checkpoint):
 
 
 def test_logits_are_the_head_over_the_features(tiny_checkpoint):
-    from dermaflux.engines import eager
+    from dermaflux.engines import parts
 
-    module = eager.module(tiny_checkpoint, "classifier")
+    module = parts.module(tiny_checkpoint, "classifier")
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits, *_ = module(pixels)
     assert torch.allclose(logits, module.model(pixels), atol=1e-6)

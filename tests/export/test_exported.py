@@ -13,7 +13,7 @@ from PIL import Image
 from dermaflux.bundle import PARTS, Bundle
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.classifier import Classifier
-from dermaflux.engines import OPENVINO, ORT, choose, eager, load
+from dermaflux.engines import OPENVINO, ORT, choose, load, parts
 from dermaflux.pipeline import Pipeline, Request
 from export.parity import ParityError, psnr
 from export.recipes import MAY_RUN, RECIPES
@@ -193,7 +193,7 @@ def test_weights_are_stored_once(exported, tiny_checkpoint, part):
     # Constants of a few numbers may repeat; a weight of a layer may not.
     contents = [weight.tobytes() for weight in large if weight.size > 64]
     assert len(contents) == len(set(contents))
-    weights = eager.module(tiny_checkpoint, part).state_dict().values()
+    weights = parts.module(tiny_checkpoint, part).state_dict().values()
     most = sum({w.data_ptr(): w.numel() * 4 for w in weights}.values())
     assert sum(weight.nbytes for weight in large) <= most + 4096
 
@@ -202,7 +202,7 @@ def test_weights_keep_their_names(exported, tiny_checkpoint):
     model = onnx.load(exported.file(exported.parts["transformer"].files["fp32"].path))
     found = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
     name = "transformer_blocks.0.attn.to_q.weight"
-    expected = eager.module(tiny_checkpoint, "transformer").model.state_dict()[name]
+    expected = parts.module(tiny_checkpoint, "transformer").model.state_dict()[name]
     # A MatMul wants [in, out], a linear layer keeps [out, in].
     assert np.array_equal(found[name].T, expected)
 

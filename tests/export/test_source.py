@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dermaflux.bundle import PARTS
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.engines import eager
+from dermaflux.engines import parts
 from dermaflux.errors import BundleError, EngineError
 from export.source import folder_of, require_complete, require_weights, write_settings
 
@@ -70,10 +70,10 @@ def test_a_pickle_is_not_opened_by_torch_either(checkpoint, part):
     folder = checkpoint / folder_of(part)
     (file,) = folder.glob("*.safetensors")
     torch.save(load_file(file), folder / f"{stem}.bin")
-    eager.module(checkpoint, part)
+    parts.module(checkpoint, part)
     file.unlink()
     with pytest.raises(EngineError, match=rf"a pickle, {stem}.bin, is there and is refused"):
-        eager.module(checkpoint, part)
+        parts.module(checkpoint, part)
 
 
 def test_a_cut_file_is_named(checkpoint):
@@ -107,19 +107,19 @@ def test_no_folder_no_checkpoint(tmp_path):
     ],
 )
 def test_a_tensor_that_would_be_random_is_named(checkpoint, part, file, tensor):
-    require_weights(part, eager.module(checkpoint, part), checkpoint)
+    require_weights(part, parts.module(checkpoint, part), checkpoint)
     weights = load_file(checkpoint / file)
     del weights[tensor]
     save_file(weights, checkpoint / file, metadata={"format": "pt"})
     with pytest.raises(BundleError, match=f"lack {tensor}"):
-        require_weights(part, eager.module(checkpoint, part), checkpoint)
+        require_weights(part, parts.module(checkpoint, part), checkpoint)
 
 
 def test_clip_of_older_transformers_has_its_weights(checkpoint):
     file = checkpoint / "text_encoder/model.safetensors"
     weights = {f"text_model.{name}": tensor for name, tensor in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
-    require_weights("text_encoder", eager.module(checkpoint, "text_encoder"), checkpoint)
+    require_weights("text_encoder", parts.module(checkpoint, "text_encoder"), checkpoint)
 
 
 def test_a_tokenizer_that_is_none_is_refused(checkpoint, tmp_path):

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from dermaflux import vocabulary
 from dermaflux.bundle import GENERATOR_PARTS, PARTS
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.engines import eager
+from dermaflux.engines import eager, parts
 from dermaflux.errors import BundleError
 from dermaflux.tokens import Tokens
 from export import tokenizer
@@ -265,7 +265,7 @@ def test_swapped_tokenizers_are_refused(checkpoint):
 def test_an_embedding_of_other_rows_than_its_config_is_refused(checkpoint):
     edit(checkpoint / "text_encoder/config.json", vocab_size=5000)
     with pytest.raises(Exception, match=r"text_encoder of .* cannot be opened"):
-        eager.module(checkpoint, "text_encoder")
+        parts.module(checkpoint, "text_encoder")
 
 
 @pytest.mark.parametrize("entry", [["transformers", "NoSuchTokenizer"], ["os", "system"], None])

@@ -13,7 +13,7 @@ from PIL import Image
 from dermaflux.bundle import PARTS, Bundle
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.classifier import Classifier
-from dermaflux.engines import OPENVINO, ORT, choose, load, parts
+from dermaflux.engines import OPENVINO, ORT, choose, eager, load, parts
 from dermaflux.pipeline import Pipeline, Request
 from export.parity import ParityError, psnr
 from export.recipes import MAY_RUN, RECIPES

@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from dermaflux.errors import BundleError, DatasetError, EngineError
 from training import adapter
-from training.lora import objective
+from training.lora import encode, objective
 from training.lora.__main__ import main
 from training.lora.base import Base
 from training.lora.journal import Journal
 from training.lora.run import Diverged, run
 from training.lora.settings import Settings, SettingsError
 from training.lora.state import StateError
+from training.lora.store import Store
 from training.lora.trainee import Trainee
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,6 +141,29 @@ def test_a_stopped_run_goes_on_to_the_bit(
     one, two = (load_file(make(name).out / "adapter.safetensors") for name in ("whole", "parts"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_signal_while_encoding_keeps_what_was_encoded(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = make(cache=tmp_path / "cache", steps=1)
+    with monkeypatch.context() as patched:
+        # A picture at a time, and the signal comes with the first.
+        patched.setattr(encode, "_PIXELS", {"cpu": 1})
+        turned, calls = encode.turned, iter(range(100))
+
+        def slow(*given: object) -> object:
+            if next(calls) == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return turned(*given)  # type: ignore[arg-type]
+
+        patched.setattr(encode, "turned", slow)
+        assert run(settings).status == 143
+    (folder,) = (tmp_path / "cache").glob("latents-*")
+    # The eight pictures are of two kinds, and equal files share their latents.
+    assert len(Store(folder)) == 1
+    assert run(settings).status == 0
+    assert len(Store(folder)) == 2
 
 
 def test_a_killed_run_goes_on_from_its_last_state(

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from dermaflux.command import names, option
 from dermaflux.errors import DermaFluxError
-from training.data import count, positive
+from training.data import count
 
 BALANCES: Final = ("label", "diagnosis", "source", "confirmed", "sex", "site", "skin_type")
 ENCODERS: Final = ("text_encoder", "text_encoder_2")
@@ -213,4 +213,4 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-__all__ = ["LATER", "Settings", "SettingsError", "parsed", "positive", "write"]
+__all__ = ["LATER", "Settings", "SettingsError", "parsed", "write"]

@@ -5,7 +5,7 @@ weights have no gradient. 2 operations a multiply-add; linear layers and attenti
 activations do not (as in `benchmarks.latency.transformer_flops`, which counts the forward).
 
     >>> step_flops(config, image_tokens=1024, text_tokens=512, batch=4, rank=64) / 1e12
-    410.9
+    184.4
     >>> len(linears(config))
     494
 """

@@ -10,12 +10,14 @@ batch, rank, adapted layers (all linears of all blocks), AdamW, clipping, thread
 and texts are encoded once, in both; the weights that the two adapters hold are counted and must be
 as many. A step is timed twice: by the progress bar of a run of `--warm` + `--steps` steps, its
 first ones left out, and as the difference of that run's whole time and that of one of `--warm`
-steps. Ratios are of runs of one round, figures are medians over rounds, memory is the largest that
-the system saw of a process (on a GPU, that torch took there). The floor is the operations of a step
-(`benchmarks.lora_flops`) over the rate of a large matrix product here.
+steps; so is the time of all processors, which a busy machine moves less. Ratios are of runs of one
+round, figures are medians over rounds, memory is the largest that the system saw of a process (on a
+GPU, that torch took there). The floor is the operations of a step (`benchmarks.lora_flops`) over
+the rate of a large matrix product here.
 
 `--blocks 19,38` trains a transformer of FLUX.1's size with random weights in place of the base's,
-with the base's texts and autoencoder: for a GPU, which needs 40 GB of memory and 24 GB of disk.
+with the base's texts and autoencoder: it takes 24 GB of disk and as much of a GPU, and more for
+activations (`--checkpointing` for less).
 Progress goes to stderr; the last line of stdout is one JSON object.
 """
 
@@ -34,138 +36,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from benchmarks.diffusers_script import PEAK
 from benchmarks.latency import environment
 from benchmarks.lora_flops import linears, step_flops
+from benchmarks.lora_sides import ADAPTERS, BARS, SIDES, Plan, link_pictures, weights_of
 from benchmarks.watched import Watched, watch
-from dermaflux import dataset, files
+from dermaflux import files
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.command import ended
-from dermaflux.errors import BundleError, DatasetError, EngineError
-from dermaflux.prompt import caption
-
-SIDES: Final = ("dermaflux", "diffusers")
-_BARS: Final = {"dermaflux": "lora", "diffusers": "Steps"}
-_ADAPTERS: Final = {"dermaflux": "adapter.safetensors",
-                    "diffusers": "pytorch_lora_weights.safetensors"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What both sides are told; `dtype` is that of the frozen weights."""
-
-    script: Path
-    base: Path
-    data: Path
-    pictures: Path
-    prompt: str
-    text_length: int
-    layers: tuple[str, ...]
-    batch: int
-    resolution: int
-    rank: int
-    device: str
-    threads: int
-    checkpointing: bool
-    more: tuple[str, ...] = ()
-
-    @property
-    def dtype(self) -> str:
-        return "float32" if self.device == "cpu" else "bfloat16"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """Of either side's process."""
-        threads = str(self.threads)
-        told = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
-        return told | ({"ACCELERATE_USE_CPU": "true"} if self.device == "cpu" else {})
-
-    def command(self, side: str, out: Path, steps: int) -> list[str]:
-        """The command line of a side that trains `steps` steps into `out`."""
-        words = self._ours(out, steps) if side == "dermaflux" else self._theirs(out, steps)
-        return [sys.executable, "-m", *map(str, words)]
-
-    def _ours(self, out: Path, steps: int) -> list[Any]:
-        kind = "fp32" if self.device == "cpu" else "bf16"
-        return [
-            "training.lora", self.base, "--data", self.data, "--out", out, "--steps", steps,
-            "--batch", self.batch, "--rank", self.rank, "--alpha", self.rank,
-            "--sizes", self.resolution, "--aspect", 1, "--turns", 1, "--balance", "none",
-            "--caption-dropout", 0, "--timesteps", "uniform", "--guidance", 1, "--ema", 0,
-            "--rate", 1e-4, "--decay", 1e-4, "--warmup", 0, "--schedule", "constant",
-            "--clip", 1, "--base-dtype", kind, "--device", self.device,
-            "--threads", self.threads, "--save-minutes", 1e6,
-            *(["--checkpointing"] if self.checkpointing else []), *self.more,
-        ]  # fmt: skip
-
-    def _theirs(self, out: Path, steps: int) -> list[Any]:
-        return [
-            "benchmarks.diffusers_script", self.script,
-            "--pretrained_model_name_or_path", self.base,
-            "--instance_data_dir", self.pictures, "--instance_prompt", self.prompt,
-            "--output_dir", out, "--max_train_steps", steps, "--checkpointing_steps", 10**9,
-            "--train_batch_size", self.batch, "--rank", self.rank,
-            "--lora_layers", ",".join(self.layers), "--resolution", self.resolution,
-            "--center_crop", "--cache_latents", "--max_sequence_length", self.text_length,
-            "--guidance_scale", 1, "--weighting_scheme", "none", "--optimizer", "AdamW",
-            "--learning_rate", 1e-4, "--adam_weight_decay", 1e-4, "--lr_scheduler", "constant",
-            "--lr_warmup_steps", 0, "--max_grad_norm", 1, "--seed", 0,
-            "--mixed_precision", "no" if self.device == "cpu" else "bf16",
-            *(["--gradient_checkpointing"] if self.checkpointing else []),
-        ]  # fmt: skip
+from dermaflux.errors import BundleError, EngineError
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One side's share of a round; seconds of a step by both clocks, `own` as it says itself."""
+    """One side's share of a round; seconds of a step by both clocks and of processors, `own` as it
+    says itself."""
 
     step_s: float
     step_s_by_difference: float
+    step_cpu_s: float
     first_step_s: float
     peak_bytes: int
     weights: int
     own_samples_per_s: float | None = None
-
-
-def link_pictures(data: Path, folder: Path, batch: int) -> str:
-    """Links to the pictures of the training split, as many as make whole batches, in a new
-    `folder`; returns the first one's caption.
-
-    Raises:
-        DatasetError: it is no dataset, or has too few pictures for one batch.
-    """
-    records = [record for record in dataset.read(data) if record.split == "train"]
-    if len(records) < batch:
-        raise DatasetError(
-            f"{data} has {len(records)} pictures in its training split; a batch needs {batch}: "
-            "give a smaller --batch"
-        )
-    folder.mkdir(parents=True)
-    for number, record in enumerate(records[: len(records) // batch * batch]):
-        file = (data / record.file_name).resolve()
-        (folder / f"{number:06}{file.suffix}").symlink_to(file)
-    return records[0].text or caption(records[0].lesion)
-
-
-def weights_of(file: Path) -> int:
-    """How many numbers LoRA's factors in a safetensors file are.
-
-    Raises:
-        EngineError: the file is not there.
-    """
-    from safetensors import safe_open
-
-    if not file.is_file():
-        raise EngineError(f"training ended without {file.name}; there is nothing to compare")
-    with safe_open(file, framework="numpy") as content:
-        shapes = [
-            content.get_slice(name).get_shape()
-            for name in content.keys()  # noqa: SIM118 - it is no mapping
-            if name.endswith(("lora_A.weight", "lora_B.weight"))
-        ]
-    return sum(rows * columns for rows, columns in shapes)
 
 
 def one_round(
@@ -183,11 +78,11 @@ def one_round(
             out = work / "run"
             try:
                 command = plan.command(side, out, count)
-                seen = watch(command, _BARS[side], plan.environment)
+                seen = watch(command, BARS[side], plan.environment)
                 if count == warm:
                     short[side] = seen
                     continue
-                weights = weights_of(out / _ADAPTERS[side])
+                weights = weights_of(out / ADAPTERS[side])
                 found[side] = _trained(plan, side, short[side], seen, weights, warm, steps)
             finally:
                 shutil.rmtree(out, ignore_errors=True)
@@ -214,6 +109,7 @@ def _trained(
     return Trained(
         step_s=seen.step_s(after=warm),
         step_s_by_difference=(seen.seconds - short.seconds) / steps,
+        step_cpu_s=(seen.cpu_s - short.cpu_s) / steps,
         first_step_s=seen.steps[min(seen.steps)],
         peak_bytes=peak,
         weights=weights,
@@ -238,6 +134,7 @@ def summary(
             # So few steps that noise outweighs them have no speed by this clock.
             "samples_per_s_by_difference": round(batch / apart, 3) if apart > 0 else None,
             "samples_per_s_by_itself": round(statistics.median(own), 3) if own else None,
+            "cpu_s_per_step": round(statistics.median(row.step_cpu_s for row in rows), 4),
             "first_step_s": round(statistics.median(row.first_step_s for row in rows), 2),
             "peak_bytes": round(statistics.median(row.peak_bytes for row in rows)),
             "weights": rows[0].weights,

@@ -35,6 +35,7 @@ class Watched:
 
     Attributes:
         seconds: all of it, the interpreter's start included.
+        cpu_s: processor time of it and of what it started and waited for, over all cores.
         peak_bytes: the largest resident memory that the system saw of it.
         steps: step (from 1) -> seconds from the start until the bar told of it.
         output: all of its standard output.
@@ -42,6 +43,7 @@ class Watched:
     """
 
     seconds: float
+    cpu_s: float
     peak_bytes: int
     steps: Mapping[int, float]
     output: str
@@ -109,4 +111,4 @@ def watch(command: Sequence[str], bar: str, more: Mapping[str, str] | None = Non
     steps.pop(0, None)
     # Linux counts in KiB, macOS in bytes.
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Watched(seconds, peak, steps, said, words)
+    return Watched(seconds, usage.ru_utime + usage.ru_stime, peak, steps, said, words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 
 from benchmarks import diffusers_script, lora_training
 from benchmarks.lora_flops import linears, step_flops
-from benchmarks.lora_training import Trained, link_pictures, one_round, summary
+from benchmarks.lora_sides import Plan, link_pictures
+from benchmarks.lora_training import Trained, one_round, summary
 from benchmarks.watched import watch
 from dermaflux.dataset import Record, write
 from dermaflux.errors import DatasetError, EngineError
@@ -74,7 +76,7 @@ def _script(folder: Path, layers: int = 1000, rank: int = 4) -> Path:
 
 
 def _row(step_s: float, apart_s: float = 1.0, own: float | None = None) -> Trained:
-    return Trained(step_s, apart_s, 5.0, 10**9, 100, own)
+    return Trained(step_s, apart_s, step_s, 5.0, 10**9, 100, own)
 
 
 def test_all_linears_of_flux_are_counted_as_many_times_as_they_are() -> None:
@@ -145,6 +147,7 @@ print('{"last": 1}')
     assert seen.step_s(after=2) < 0.5 * (seen.steps[2] - seen.steps[1])
     assert seen.steps[6] < seen.seconds
     assert seen.peak_bytes > 200e6
+    assert 0 < seen.cpu_s < seen.seconds * os.cpu_count()
     assert json.loads(seen.output.splitlines()[-1]) == {"last": 1}
     with pytest.raises(EngineError, match="told of 6 steps, the last 6; to leave out 6"):
         seen.step_s(after=6)
@@ -233,7 +236,7 @@ def test_sides_that_train_different_weights_do_not_compare(
 ) -> None:
     pictures = tmp_path / "pictures"
     link_pictures(dataset, pictures, batch=4)
-    plan = lora_training.Plan(
+    plan = Plan(
         script=_script(tmp_path), base=tmp_path, data=dataset, pictures=pictures, prompt="",
         text_length=24, layers=("a", "b", "c"), batch=4, resolution=32, rank=4, device="cpu",
         threads=1, checkpointing=False,
@@ -244,11 +247,11 @@ def test_sides_that_train_different_weights_do_not_compare(
                    "          options.output_dir + '/adapter.safetensors')\n"
                    "print('{\"samples_per_s\": 1.0}')\n")  # fmt: skip
 
-    def command(self: lora_training.Plan, side: str, out: Path, steps: int) -> list[str]:
+    def command(self: Plan, side: str, out: Path, steps: int) -> list[str]:
         script = few if side == "dermaflux" else self.script
         return [sys.executable, str(script), *map(str, self._theirs(out, steps)[2:])]
 
-    monkeypatch.setattr(lora_training.Plan, "command", command)
+    monkeypatch.setattr(Plan, "command", command)
     with pytest.raises(EngineError, match=r"'dermaflux': 32, 'diffusers': 48"):
         one_round(plan, tmp_path, warm=1, steps=2)
     assert not (tmp_path / "run").exists()

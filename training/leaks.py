@@ -100,7 +100,14 @@ def find(test: Index, seen: Index, threads: int = 2, shown: Any = iter) -> list[
     return [found[number] for number in sorted(found)]
 
 
-def refuse(test: Index, seen: Index, by: str, threads: int = 2, shown: Any = iter) -> None:
+def refuse(
+    test: Index,
+    seen: Index,
+    by: str,
+    threads: int = 2,
+    shown: Any = iter,
+    remedy: str = "take them out of the test",
+) -> None:
     """Pass where no test picture was seen.
 
     Raises:
@@ -115,8 +122,32 @@ def refuse(test: Index, seen: Index, by: str, threads: int = 2, shown: Any = ite
     raise DatasetError(
         f"{len(leaks)} of {len(test)} test pictures were seen by {by}:\n"
         + "\n".join(lines)
-        + "\ntake them out of the test, or make the splits anew: python -m training.data split"
+        + f"\n{remedy}, or make the splits anew: python -m training.data split"
     )
+
+
+def apart(samples: Sequence[Sample], leave_out: bool, threads: int = 2) -> list[Sample]:
+    """Samples none of whose training or validation pictures stands in their test split too.
+
+    Those that do are left out where `leave_out` says so; the test stays whole, so that its figures
+    are of the same pictures.
+
+    Raises:
+        DatasetError: some do, and `leave_out` does not say so; the message lists them.
+    """
+    test = index([one for one in samples if one.split not in LEARNT], threads)
+    learnt = [one for one in samples if one.split in LEARNT]
+    known = index(learnt, threads)
+    if not leave_out:
+        refuse(test, known, "this training", threads, remedy="train without them: --leave-out")
+        return list(samples)
+    # A leak names one seen picture for a test picture; there may be more, so look again.
+    dropped: set[str] = set()
+    while leaks := find(test, known, threads):
+        dropped |= {leak.seen for leak in leaks}
+        learnt = [one for one in learnt if str(one.file) not in dropped]
+        known = index(learnt, threads)
+    return [one for one in samples if str(one.file) not in dropped]
 
 
 def reason(leak: Leak) -> str:

@@ -25,9 +25,11 @@ import numpy as np
 
 from dermaflux.command import ended
 from dermaflux.prompt import LABELS
-from training import classifier, data, scores, supervise
+from training import classifier, data, leaks, scores, supervise
 from training.checkpoint import add_classifier
 from training.classifier import Recipe
+
+log = logging.getLogger(__name__)
 
 Splits = dict[str, list[data.Sample]]
 
@@ -62,14 +64,24 @@ def check(everything: list[data.Sample], recipe: Recipe, out: Path, work: Path |
 
 def run(
     everything: list[data.Sample], recipe: Recipe, out: Path, work: Path | None = None,
-    start: Path | None = None,
+    start: Path | None = None, *, leave_out: bool = False, seen: Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Train, calibrate, report and save; returns (calibration, the test splits' figures).
 
+    Learnt pictures that stand in a test split too are left out where `leave_out` says so; an index
+    of those learnt is written to `seen`.
+
     Raises:
-        DatasetError: what `check` and `supervise.train` refuse, or a picture cannot be read.
+        DatasetError: what `check`, `leaks.apart` and `supervise.train` refuse, or a picture cannot
+            be read.
     """
-    splits = check(everything, recipe, out, work)
+    check(everything, recipe, out, work)
+    kept = leaks.apart(everything, leave_out, recipe.threads)
+    if len(kept) < len(everything):
+        log.info("%d pictures left out: they stand in a test split", len(everything) - len(kept))
+    splits = check(kept, recipe, out, work)
+    if seen is not None:
+        leaks.index([*splits["train"], *splits["val"]], recipe.threads).save(seen)
     supervise.check(splits["train"], recipe, work, start)
     validation = data.load_images(splits["val"], recipe.size)
     model, history = supervise.train(splits["train"], recipe, work, start)
@@ -97,6 +109,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="state to save and resume from")
     parser.add_argument("--start", type=Path, help="another run's state, to begin from")
+    parser.add_argument(
+        "--leave-out", action="store_true",
+        help="train without the pictures that stand, or nearly stand, in a test split too; without "
+        "this they are listed and nothing is trained",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seen", type=Path, help="write an index of what was seen (python -m training.data leaks)"
+    )
     parser.add_argument("--hours", type=data.positive, default=Recipe.hours)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--threads", type=data.count, default=Recipe.threads)
@@ -106,7 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> None:
         everything = [sample for folder in options.data for sample in data.read(folder)]
-        calibration, figures = run(everything, recipe, options.out, options.work, options.start)
+        calibration, figures = run(
+            everything, recipe, options.out, options.work, options.start,
+            leave_out=options.leave_out, seen=options.seen,
+        )  # fmt: skip
         print(json.dumps({"out": str(options.out), "calibration": calibration, "test": figures}))
 
     return ended(work, "stopped; with --work the same command goes on from the last saved state")

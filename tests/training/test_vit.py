@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from dermaflux import thumbnails
 from dermaflux.prompt import Lesion
 from training import classifier, data, scores, states, supervise, views, vit
 
@@ -249,6 +252,35 @@ def test_it_learns_and_timm_opens_the_result(
     assert torch.tensor(logits).isfinite().all()
     assert np.array_equal(classifier.logits_of(classifier.load(out), images), logits)
     assert json.loads((out / "report.json").read_text())["saw"][0]["licence"] == "CC0-1.0"
+
+
+def test_a_test_on_what_was_learnt_is_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A learnt picture, turned and recompressed, in the test split."""
+    folder = shutil.copytree(dataset, tmp_path / "leaking")
+    with Image.open(folder / "000.png") as image:
+        image.transpose(Image.Transpose.ROTATE_90).convert("RGB").save(folder / "copy.jpg")
+    with (folder / "metadata.jsonl").open("a") as lines:
+        lines.write('{"file_name": "copy.jpg", "label": "benign", "split": "test"}\n')
+    arguments = ["--data", str(folder), "--out", str(tmp_path / "o"), "--hours", "0.0001"]
+    assert vit.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "1 of 7 test pictures were seen by this training" in said
+    assert f"{folder}/copy.jpg = {folder}/000.png" in said
+    assert "--leave-out" in said
+    assert not (tmp_path / "o").exists()
+    learnt: list[data.Sample] = []
+    monkeypatch.setattr(
+        vit.supervise, "train", lambda samples, *_: learnt.extend(samples) or pytest.exit("trained")
+    )
+    seen = tmp_path / "seen.npz"
+    with pytest.raises(pytest.exit.Exception):
+        vit.main([*arguments, "--leave-out", "--seen", str(seen)])
+    assert len(learnt) == 7
+    assert folder / "000.png" not in {sample.file for sample in learnt}
+    assert len(thumbnails.Index.load(seen)) == 7 + 6
 
 
 def test_a_missing_split_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from dermaflux import duplicates, thumbnails
 from dermaflux.errors import DatasetError
-from dermaflux.thumbnails import Index
+from dermaflux.thumbnails import Built, Index
 from training import data
 from training.data import Sample
 from training.grouping import isic_number
@@ -46,19 +46,23 @@ def index(samples: Sequence[Sample], threads: int = 2, shown: Any = iter) -> Ind
     Raises:
         DatasetError: a picture cannot be read: what is not looked at is not vouched for.
     """
-    # A group that is only the file's name would meet others of that name.
-    listed = [
-        (str(one.file), "" if one.file.name in (one.group, Path(one.group).name) else one.group,
-         one.file)
-        for one in samples
-    ]  # fmt: skip
-    built = thumbnails.build(listed, threads, shown)
+    built = look([(one.file, one.group) for one in samples], threads, shown)
     if built.broken:
         name, reason = next(iter(built.broken.items()))
         raise DatasetError(
             f"{len(built.broken)} pictures cannot be read; the first, {name}: {reason}"
         )
     return built.index
+
+
+def look(pictures: Sequence[tuple[Path, str]], threads: int = 2, shown: Any = iter) -> Built:
+    """An index of files with their groups, and the files that cannot be read, with why."""
+    # A group that is only the file's name would meet others of that name.
+    listed = [
+        (str(file), "" if file.name in (group, Path(group).name) else group, file)
+        for file, group in pictures
+    ]
+    return thumbnails.build(listed, threads, shown)
 
 
 def seen(path: Path, splits: Sequence[str] = LEARNT, threads: int = 2, shown: Any = iter) -> Index:

@@ -91,11 +91,12 @@ def read(settings: Settings, known: Buckets) -> tuple[list[Item], dict[str, str]
         (folder, record)
         for folder in settings.data
         for record in dataset.read(folder)
-        if record.split == settings.split
+        if record.split == settings.split and _wanted(record, settings.only)
     ]
     if not rows:
+        asked = f" with {', '.join(settings.only)}" if settings.only else ""
         raise DatasetError(
-            f"{', '.join(map(str, settings.data))}: no picture in split {settings.split!r}"
+            f"{', '.join(map(str, settings.data))}: no picture in split {settings.split!r}{asked}"
         )
     wanted = [] if settings.balance == ("none",) else settings.balance
     broken: dict[str, str] = {}
@@ -121,6 +122,11 @@ def read(settings: Settings, known: Buckets) -> tuple[list[Item], dict[str, str]
     if not items:
         raise DatasetError(f"none of {len(rows)} pictures can be read; first: {first(broken)}")
     return items, broken
+
+
+def _wanted(record: Record, only: Sequence[str]) -> bool:
+    pairs = (one.split("=", 1) for one in only)
+    return all(str(getattr(record, key) or "") == word for key, word in pairs)
 
 
 def first(broken: dict[str, str]) -> str:

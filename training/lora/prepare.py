@@ -16,7 +16,7 @@ import torch
 
 from dermaflux import files
 from dermaflux.errors import DatasetError
-from training.lora import corpus, encode
+from training.lora import corpus, encode, held_out
 from training.lora.base import DTYPES, Base
 from training.lora.corpus import Item
 from training.lora.settings import LATER, Settings
@@ -70,6 +70,8 @@ def prepare(settings: Settings, base: Base, place: Place) -> Prepared:
     sizes = settings.sizes or (min(_PAPER, defaults.height, defaults.width),)
     known = corpus.buckets(sizes, settings.aspect, 2 * model.scale)
     found, broken = corpus.read(settings, known)
+    if place.first:
+        held_out.check(settings, found)
     cache = settings.cache or settings.out / "cache"
     given: Any = {
         "device": place.device,

@@ -23,8 +23,8 @@ from training.data import count
 
 BALANCES: Final = ("label", "diagnosis", "source", "confirmed", "sex", "site", "skin_type")
 ENCODERS: Final = ("text_encoder", "text_encoder_2")
-LATER: Final = ("out", "cache", "steps", "save_minutes", "prompts", "preview_steps", "compile",
-                "checkpointing", "micro", "threads", "device", "shard")  # fmt: skip
+LATER: Final = ("out", "cache", "held_out", "steps", "save_minutes", "prompts", "preview_steps",
+                "compile", "checkpointing", "micro", "threads", "device", "shard")  # fmt: skip
 """Settings that a resumed run may change: they move no number, but how long it goes on."""
 
 
@@ -52,6 +52,13 @@ class Settings:
     )
     cache: Path | None = option("folder of cached latents and texts (default: OUT/cache)", None)
     split: str = option("the split that is trained on", "train")
+    only: tuple[str, ...] = option(
+        f"KEY=WORD: train on these pictures alone; KEY is one of {', '.join(BALANCES)}", ()
+    )
+    held_out: tuple[Path, ...] = option(
+        "a dataset whose test split must not be seen, beside the test splits of --data; repeatable",
+        (),
+    )
     steps: int = option("optimizer steps", 2000)
     batch: int = option("pictures per optimizer step, over all processes and accumulations", 4)
     micro: int = option("pictures per forward of one process (0: its whole share)", 0)
@@ -129,6 +136,12 @@ class Settings:
                 raise SettingsError(
                     f"{_flag(name)} {wrong[0]!r} is not known; use {', '.join(known)}"
                 )
+        for one in self.only:
+            key, _, word = one.partition("=")
+            if key not in BALANCES or not word:
+                raise SettingsError(
+                    f"--only {one!r} is no KEY=WORD; KEY is one of {', '.join(BALANCES)}"
+                )
         if not self.targets:
             raise SettingsError("--targets names no layer; leave it out to adapt all")
         if self.turns not in (1, 2, 4):
@@ -165,10 +178,10 @@ def parsed(arguments: Sequence[str] | None) -> Settings:
             parser.add_argument("base", type=Path, help=text)
         elif typed == "bool":
             parser.add_argument(flag, action="store_true", help=text)
-        elif one.name in ("data", "prompts"):
-            kind = Path if one.name == "data" else str
-            single = "--data" if one.name == "data" else "--prompt"
-            parser.add_argument(single, dest=one.name, type=kind, action="append", help=text,
+        elif one.name in _REPEATED:
+            kind = str if one.name == "prompts" else Path
+            parser.add_argument(_REPEATED[one.name], dest=one.name, type=kind, action="append",
+                                help=text,
                                 required=one.default is MISSING, default=None)  # fmt: skip
         else:
             shown = "" if one.default in (MISSING, None, (), "") else f" [{_shown(one.default)}]"
@@ -178,8 +191,7 @@ def parsed(arguments: Sequence[str] | None) -> Settings:
                 **({} if one.default is MISSING else {"default": one.default}),
             )  # fmt: skip
     given = vars(parser.parse_args(arguments))
-    given["data"] = tuple(given["data"])
-    given["prompts"] = tuple(given["prompts"] or ())
+    given |= {name: tuple(given[name] or ()) for name in _REPEATED}
     return Settings(**given)
 
 
@@ -196,6 +208,9 @@ _KINDS: Final[dict[str, Any]] = {
     "str": str, "int": int, "float": float, "Path": Path, "Path | None": Path,
     "tuple[str, ...]": names, "tuple[int, ...]": _sizes,
 }  # fmt: skip
+
+
+_REPEATED: Final = {"data": "--data", "held_out": "--held-out", "prompts": "--prompt"}
 
 
 def _flag(name: str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -122,7 +122,9 @@ class Record:
 
     def to_mapping(self) -> dict[str, Any]:
         """The line's JSON object: what is unknown is left out."""
-        content = {name: value for name, value in asdict(self).items() if name != "more"}
+        # Not `asdict`, whose deep copies take most of a large dataset's writing.
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        del content["more"]
         return {k: v for k, v in content.items() if v not in (None, "", ())} | dict(self.more)
 
 

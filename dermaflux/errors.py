@@ -7,6 +7,7 @@ A message says what was wrong, the value found, the value needed, and what to do
     ├── DatasetError     a dataset folder or one of its rows cannot be read
     ├── EngineError      no engine can run a part, or a forced one is not installed
     ├── RequestError     a request's field is out of range or contradictory (has `.field`)
+    ├── LicenceError     licences forbid what is to be done (in `dermaflux.licence`)
     ├── ImageError       an uploaded picture is not one we accept
     └── Cancelled        the caller asked to stop; nothing is wrong
 """

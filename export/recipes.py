@@ -8,8 +8,8 @@ What the lists rest on:
 * Embedders, the last projection and all norms stay high: they are small, and nothing evens their
   errors out. In int8 the embedded default's x_embedder alone, 0.2 % of the weights, would cost more
   (3.0 % of the output) than all blocks together (2.6 %). Modulations are 27 % of FLUX.1's weights
-  and cost 0.1 %, so theirs are in 8 bits too. `benchmarks/results/sensitivity_*.json` has all of it,
-  made by `python -m export.quantize --sensitivity`.
+  and cost 0.1 %, so theirs are in 8 bits too (`benchmarks/results/sensitivity_*.json`, made by
+  `python -m export.quantize --sensitivity`).
 * No block is kept high: the costliest, the last, makes half of the error of all for a ninth of the
   weights.
 * The VAE stays high: it runs once an image, and in int8 its ends would put the picture 5 % off and

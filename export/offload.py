@@ -15,14 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir
 import torch
 
 from dermaflux.engines import eager
 from dermaflux.engines.eager import EagerEngine
 from export.source import folder_of
-from export.weights import of_module, skeleton
+from export.weights import as_torch, of_module, skeleton
 
 
 class _Shards(Mapping[str, torch.Tensor]):
@@ -33,13 +32,7 @@ class _Shards(Mapping[str, torch.Tensor]):
         self._dtype = dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        numbers = tensor.numpy()
-        if tensor.dtype == onnx_ir.DataType.BFLOAT16:
-            found = torch.from_numpy(numbers.view(np.uint16)).view(torch.bfloat16)
-        else:
-            found = torch.from_numpy(numbers)
-        return found.to(self._dtype)
+        return as_torch(self._tensors[name].numpy()).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

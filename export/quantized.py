@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from dermaflux.errors import EngineError
 from export.recipes import Recipe
-from export.weights import lazy
+from export.weights import converted, lazy
 
 PRODUCTS: Final = ("MatMul", "Gemm", "Conv")
 LARGEST: Final[Mapping[str, float]] = {"int8": 127.0, "float8e4m3fn": 448.0}
@@ -174,14 +174,20 @@ def _divisor(group: list[Layer], seen: Channels, recipe: Recipe) -> NDArray[np.f
 
 def _inward(layer: Layer) -> NDArray[np.float32]:
     """The largest magnitude of the weights of each input channel."""
-    numbers = np.abs(_numbers(layer))
+    numbers = _numbers(layer)
     others = tuple(axis for axis in range(numbers.ndim) if axis != layer.inward)
-    return np.asarray(numbers.max(axis=others))
+    return _largest(numbers, others)
+
+
+def _largest(numbers: NDArray[np.float32], axes: tuple[int, ...]) -> NDArray[np.float32]:
+    """The largest magnitude over some axes; without a second array of magnitudes."""
+    return np.asarray(np.maximum(numbers.max(axis=axes), -numbers.min(axis=axes)))
 
 
 def _numbers(layer: Layer) -> NDArray[np.float32]:
     assert layer.weight.const_value is not None
-    return layer.weight.const_value.numpy().astype(np.float32)
+    # A copy of its own, for it is scaled in place.
+    return converted(layer.weight.const_value.numpy(), onnx_ir.DataType.FLOAT).copy()
 
 
 def _divided(layer: Layer, source: onnx_ir.Value, divisor: NDArray[np.float32]) -> onnx_ir.Value:
@@ -215,14 +221,14 @@ def _weight(layer: Layer, recipe: Recipe, factor: NDArray[np.float32] | None) ->
         full = _numbers(layer)
         if factor is not None:
             full *= factor.reshape([-1 if axis == layer.inward else 1 for axis in range(rank)])
-        scale = _scale(np.max(np.abs(full), axis=others, keepdims=True), str(recipe.kind))
+        scale = _scale(np.expand_dims(_largest(full, others), others), str(recipe.kind))
         kept[:] = [scale.reshape(-1) if recipe.per_channel else scale.reshape(())]
         full /= scale
         most = LARGEST[str(recipe.kind)]
         np.clip(full, -most, most, out=full)
         if kind == onnx_ir.DataType.INT8:
             np.rint(full, out=full)
-        return full.astype(kind.numpy())
+        return converted(full, kind)
 
     def scales() -> NDArray[Any]:
         if not kept:

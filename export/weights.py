@@ -106,19 +106,50 @@ def lazy(
 
 def transposed(tensor: onnx_ir.TensorProtocol) -> onnx_ir.LazyTensor:
     """The same with the two axes of a matrix in the other order."""
-    return lazy(
-        str(tensor.name),
-        tensor.dtype,
-        tuple(tensor.shape)[::-1],
-        lambda: np.ascontiguousarray(tensor.numpy().T),
-    )
+
+    def turned() -> Numbers:
+        numbers = tensor.numpy()
+        # As plain integers of that width: numpy moves types that are not its own one by one.
+        plain = numbers.view(f"u{numbers.dtype.itemsize}")
+        return np.ascontiguousarray(plain.T).view(numbers.dtype)
+
+    return lazy(str(tensor.name), tensor.dtype, tuple(tensor.shape)[::-1], turned)
 
 
 def cast(tensor: onnx_ir.TensorProtocol, kind: onnx_ir.DataType) -> onnx_ir.TensorProtocol:
     """The same numbers, rounded to another type."""
     if tensor.dtype == kind:
         return tensor
-    return lazy(str(tensor.name), kind, tensor.shape, lambda: tensor.numpy().astype(kind.numpy()))
+    return lazy(str(tensor.name), kind, tensor.shape, lambda: converted(tensor.numpy(), kind))
+
+
+def converted(numbers: Numbers, kind: onnx_ir.DataType) -> Numbers:
+    """Numbers rounded to another type, to nearest even; by torch, which takes a fifth of the time
+    that numpy takes for types that are not its own."""
+    import torch
+
+    known = {
+        onnx_ir.DataType.FLOAT: torch.float32,
+        onnx_ir.DataType.FLOAT16: torch.float16,
+        onnx_ir.DataType.BFLOAT16: torch.bfloat16,
+        onnx_ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    }
+    if kind not in known or numbers.dtype.kind not in "fV":
+        return numbers.astype(kind.numpy())
+    made = as_torch(numbers).to(known[kind])
+    width = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[made.itemsize]
+    return made.view(width).numpy().view(kind.numpy())
+
+
+def as_torch(numbers: Numbers) -> torch.Tensor:
+    """An array as a tensor, of the same memory where it may be written to."""
+    import torch
+
+    # torch warns of what it could write to and may not.
+    mine = numbers if numbers.flags.writeable else numbers.copy()
+    if mine.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(mine.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(mine)
 
 
 def named(tensor: onnx_ir.TensorProtocol, name: str) -> onnx_ir.LazyTensor:

@@ -15,26 +15,22 @@ last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.export_memory import WIDE, disk_rate, write_checkpoint
 from benchmarks.peak import peak_of
-from dermaflux import files
+from benchmarks.wide import PROBE, WIDE, bytes_in, disk_rate, over_sizes, parser, write_checkpoint
 from dermaflux.command import ended
 
 RANK: Final = 64
-_PROBE: Final = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -104,21 +100,21 @@ def measure(
         )
         os.sync()
         seconds = time.monotonic() - started
-        bytes_in, bytes_out = _bytes(checkpoint / "transformer"), _bytes(merged / "transformer")
-        assert bytes_out >= 2 * weights, (bytes_out, weights)
+        read, written = bytes_in(checkpoint / "transformer"), bytes_in(merged / "transformer")
+        assert written >= 2 * weights, (written, weights)
         shutil.rmtree(merged)
         return Measured(
             blocks=blocks,
             weights=weights,
             layers=layers,
             rank=rank,
-            bytes_in=bytes_in,
+            bytes_in=read,
             adapter_bytes=adapter.stat().st_size,
             largest_tensor_bytes=largest,
             seconds=round(seconds, 1),
             peak_bytes=peak,
-            read_and_written_mb_s=round((bytes_in + bytes_out) / seconds / 1e6, 1),
-            disk_write_mb_s=round(disk_rate(work, min(bytes_out, _PROBE)) / 1e6, 1),
+            read_and_written_mb_s=round((read + written) / seconds / 1e6, 1),
+            disk_write_mb_s=round(disk_rate(work, min(written, PROBE)) / 1e6, 1),
         )
     finally:
         for folder in (checkpoint, merged):
@@ -128,53 +124,14 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status."""
-    options = _parser().parse_args(arguments)
-    return ended(lambda: run(options))
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measure one size after the other; `--out` is written after each, and has those so far."""
-    result: dict[str, Any] = {"cores": os.cpu_count(), "merges": []}
-    if options.work is not None:
-        options.work.mkdir(parents=True, exist_ok=True)
-    for blocks in options.blocks:
-        with tempfile.TemporaryDirectory(dir=options.work) as folder:
-            found = measure(Path(folder), options.base, blocks)
-        result["merges"].append(asdict(found))
-        print(
-            f"{found.weights / 1e9:5.1f} billion weights: peak {found.peak_bytes / 1e9:.2f} GB, "
-            f"{found.seconds:.0f} s, {found.read_and_written_mb_s:.0f} MB/s read and written "
-            f"(the disk alone writes {found.disk_write_mb_s:.0f})",
-            file=sys.stderr,
+    options = parser(
+        "benchmarks.merge_memory", "Measure merging's peak memory and speed at several sizes."
+    ).parse_args(arguments)
+    return ended(
+        lambda: over_sizes(
+            options, "merges", lambda work, blocks: measure(work, options.base, blocks)
         )
-        if options.out is not None:
-            files.write(options.out, (json.dumps(result, indent=2) + "\n").encode())
-    print(json.dumps(result), flush=True)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-
-
-def _pair(text: str) -> tuple[int, int]:
-    double, single = (int(number) for number in text.split(","))
-    return double, single
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.merge_memory",
-        description="Measure merging's peak memory and speed at several sizes.",
     )
-    parser.add_argument(
-        "--blocks", type=_pair, action="append", required=True, help="DOUBLE,SINGLE; repeatable"
-    )
-    parser.add_argument(
-        "--base", type=Path, default=Path("models/mini"), help="the other parts' checkpoint"
-    )
-    parser.add_argument("--work", type=Path, help="where to write; default: the system's choice")
-    parser.add_argument("--out", type=Path, help="a JSON file of the figures")
-    return parser
 
 
 if __name__ == "__main__":

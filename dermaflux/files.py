@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file so that no reader ever sees half of it, whatever stops this process.
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content is at `path` when the block ends, and nowhere if it fails.
 
     A temporary file beside it is written, flushed to the disk and renamed over it.
 
@@ -21,7 +25,7 @@ def write(path: Path, data: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         # Temporary files are their owner's alone; what a container mounts is read by others.
@@ -30,3 +34,13 @@ def write(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file so that no reader ever sees half of it, whatever stops this process.
+
+    Raises:
+        OSError: the folder is not there or takes no files.
+    """
+    with replacing(path) as stream:
+        stream.write(data)

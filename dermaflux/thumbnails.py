@@ -12,8 +12,6 @@ still, if small, so an index is under the terms of the data that it was made of.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dermaflux import files
 from dermaflux.alignment import SIDE
 from dermaflux.errors import DatasetError
 
@@ -52,19 +51,12 @@ class Index:
 
     def save(self, file: Path) -> None:
         """Write one compressed `.npz`, whole or not at all."""
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                np.savez_compressed(
-                    stream, thumbs=self.thumbs, owner=self.owner,
-                    names=np.array(self.names, dtype=np.str_),
-                    groups=np.array(self.groups, dtype=np.str_),
-                )  # fmt: skip
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(file)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with files.replacing(file) as stream:
+            np.savez_compressed(
+                stream, thumbs=self.thumbs, owner=self.owner,
+                names=np.array(self.names, dtype=np.str_),
+                groups=np.array(self.groups, dtype=np.str_),
+            )  # fmt: skip
 
     @classmethod
     def load(cls, file: Path) -> Index:

@@ -15,16 +15,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from dermaflux import files
 from dermaflux.errors import DermaFluxError
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {
@@ -168,7 +167,7 @@ def write(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with _replacing(path) as stream:
+    with files.replacing(path) as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = content(name)
@@ -176,19 +175,3 @@ def write(
             if tensor.numel():
                 raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
                 stream.write(raw.numpy().data)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path`, put in its place when all was written."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

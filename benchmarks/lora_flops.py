@@ -1,11 +1,11 @@
 """Floating-point operations of one LoRA step on a Flux transformer, and what a machine can do.
 
 A step is the forward, the gradient of every frozen layer's input, and LoRA's own products; frozen
-weights have no gradient. 2 operations a multiply-add; linear layers and attention count, norms and
-activations do not (as in `benchmarks.latency.transformer_flops`, which counts the forward).
+weights have no gradient, and of the text the last block needs the keys and values alone. 2
+operations a multiply-add; linear layers and attention count, norms and activations do not.
 
     >>> step_flops(config, image_tokens=1024, text_tokens=512, batch=4, rank=64) / 1e12
-    184.4
+    183.5
     >>> len(linears(config))
     494
 """
@@ -17,25 +17,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from benchmarks.latency import transformer_flops
-
 _ROUNDS: Final = 20
 _CPU_SIDE: Final = 1024
 _GPU_SIDE: Final = 8192
 """Large enough to be bound by arithmetic, small enough to take milliseconds."""
 
 
+Rows = Literal["item", "image", "text", "all"]
+"""One row a picture (modulation), or one for every token of the picture, the text or both."""
+
+
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a block: which rows go through it, `width` numbers in and `out` out.
-
-    `rows` is `item` for layers that see one row a picture (modulation), not one a token.
-    """
+    """A linear layer of a block: which rows have to go through it, `width` numbers in and `out`
+    out."""
 
     name: str
     width: int
     out: int
-    rows: Literal["item", "image", "text", "all"]
+    rows: Rows
 
 
 def linears(config: Mapping[str, Any]) -> list[Linear]:
@@ -63,12 +63,16 @@ def linears(config: Mapping[str, Any]) -> list[Linear]:
         ]
     for number in range(config["num_single_layers"]):
         block = f"single_transformer_blocks.{number}"
+        last = number == config["num_single_layers"] - 1
+        used: Rows = "image" if last else "all"
         found += [
             Linear(f"{block}.norm.linear", d, 3 * d, "item"),
-            Linear(f"{block}.proj_mlp", d, 4 * d, "all"),
-            Linear(f"{block}.proj_out", 5 * d, d, "all"),
+            Linear(f"{block}.proj_mlp", d, 4 * d, used),
+            Linear(f"{block}.proj_out", 5 * d, d, used),
+            Linear(f"{block}.attn.to_q", d, d, used),
+            Linear(f"{block}.attn.to_k", d, d, "all"),
+            Linear(f"{block}.attn.to_v", d, d, "all"),
         ]
-        found += [Linear(f"{block}.attn.{name}", d, d, "all") for name in ("to_q", "to_k", "to_v")]
     return found
 
 
@@ -77,26 +81,35 @@ def step_flops(
 ) -> int:
     """Operations of a step that adapts every linear layer of every block.
 
-    Backward of the frozen base: as much as its linears' forward, but for modulation and the first
-    embeddings, whose inputs need no gradient; attention's four products to the forward's two (Dao,
-    arXiv 2307.08691, without its recomputation). LoRA of r on R rows from n to m numbers: 2 R r
-    (n + m) forward and twice that backward; or, where that is less, over the merged weight, 2 r n m
-    and the factors' gradients the cheaper way. What checkpointing computes again is not counted, so
-    a share of a machine's rate is a "model" utilisation (Chowdhery et al., arXiv 2204.02311, B).
+    `config` is FluxTransformer2DModel's. Backward of the frozen base: as much as its linears'
+    forward, but for modulation and the first embeddings, whose inputs need no gradient; attention's
+    four products to the forward's two (Dao, arXiv 2307.08691, without its recomputation). LoRA of r
+    on R rows from n to m numbers: 2 R r (n + m) forward and twice that backward; or, where that is
+    less, over the merged weight, 2 r n m and the factors' gradients the cheaper way. What
+    checkpointing computes again is not counted, so a share of a machine's rate is a "model"
+    utilisation (Chowdhery et al., arXiv 2204.02311, appendix B).
     """
     d = config["attention_head_dim"] * config["num_attention_heads"]
     tokens = image_tokens + text_tokens
-    blocks = config["num_layers"] + config["num_single_layers"]
     rows = {"item": 1, "image": image_tokens, "text": text_tokens, "all": tokens}
-    backward = 2 * image_tokens * config["in_channels"] * d + blocks * 8 * tokens * tokens * d
-    own: int = 0
+    shared = config["num_layers"] + max(config["num_single_layers"] - 1, 0)
+    pairs = shared * tokens * tokens
+    if config["num_single_layers"]:
+        pairs += image_tokens * tokens
+    attention = 4 * pairs * d
+    answer = 2 * image_tokens * config["in_channels"] * d
+    # The first embeddings, the last norm's modulation and the answer; embeddings of time are small.
+    forward = 2 * answer + 2 * text_tokens * config["joint_attention_dim"] * d + 4 * d * d
+    forward += attention
+    backward = answer + 2 * attention
+    own = 0
     for one in linears(config):
-        count = batch * rows[one.rows]
+        product = 2 * rows[one.rows] * one.width * one.out
+        forward += product
         needs = one.rows != "item"
         if needs:
-            backward += 2 * rows[one.rows] * one.width * one.out
-        own += _lora(count, one.width, one.out, rank, needs)
-    forward = transformer_flops(config, image_tokens, text_tokens)
+            backward += product
+        own += _lora(batch * rows[one.rows], one.width, one.out, rank, needs)
     return int(batch * (forward + backward) + own)
 
 

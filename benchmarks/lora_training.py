@@ -221,7 +221,7 @@ def _prepare(options: argparse.Namespace, work: Path) -> tuple[Plan, int, dict[s
         double, single = options.blocks
         shape = _shape(options.base)
         _in_process(
-            "from pathlib import Path; from benchmarks.export_memory import write_checkpoint; "
+            "from pathlib import Path; from benchmarks.wide import write_checkpoint; "
             f"print(write_checkpoint(Path({str(base)!r}), Path({str(options.base)!r}), "
             f"{double}, {single}, {shape!r}))"
         )
@@ -247,7 +247,7 @@ def _prepare(options: argparse.Namespace, work: Path) -> tuple[Plan, int, dict[s
 
 def _shape(base: Path) -> dict[str, Any]:
     """FLUX.1's width on another checkpoint's texts."""
-    from benchmarks.export_memory import WIDE
+    from benchmarks.wide import WIDE
 
     own = json.loads((base / "transformer/config.json").read_text())
     same = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")

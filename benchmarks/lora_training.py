@@ -10,10 +10,11 @@ batch, rank, adapted layers (all linears of all blocks), AdamW, clipping, thread
 and texts are encoded once, in both; the weights that the two adapters hold are counted and must be
 as many. A step is timed twice: by the progress bar of a run of `--warm` + `--steps` steps, its
 first ones left out, and as the difference of that run's whole time and that of one of `--warm`
-steps; so is the time of all processors, which a busy machine moves less. Ratios are of runs of one
-round, figures are medians over rounds, memory is the largest that the system saw of a process (on a
-GPU, that torch took there). The floor is the operations of a step (`benchmarks.lora_flops`) over
-the rate of a large matrix product here.
+steps; so is the time of all processors, which a busy machine moves less (with `--ours=--compile`
+the differences mean nothing: the later run finds what the earlier one compiled). Ratios are of runs
+of one round, figures are medians over rounds, memory is the largest that the system saw of a
+process (on a GPU, that torch took there). The floor is the operations of a step
+(`benchmarks.lora_flops`) over the rate of a large matrix product here.
 
 `--blocks 19,38` trains a transformer of FLUX.1's size with random weights in place of the base's,
 with the base's texts and autoencoder: it takes 24 GB of disk and as much of a GPU, and more for

@@ -7,6 +7,10 @@ Norms and softmax compute in float32 inside, as their operators say (`stash_type
 
 The pass is our own, and not onnxconverter's or ModelOpt's AutoCast, because both load the weights.
 
+In fp16 the sum that ends a block of Flux is clipped to its largest number, as diffusers clips it
+(`transformer_flux.py`): a few channels of FLUX.1 grow past it. Engines that compute fp16 in fp32 do
+not show what happens without: on a GPU, no image.
+
 >>> lower(model, RECIPES["bf16"]["transformer"])
 """
 
@@ -14,13 +18,16 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
 import onnx_ir
 from onnx_ir.passes import common
 
 from export.recipes import Recipe, matches
+from export.trace import RESIDUAL
 from export.weights import cast
 
 _FLOAT: Final = onnx_ir.DataType.FLOAT
+_MOST_FP16: Final = 65504.0
 _ANGLES: Final = ("Sin", "Cos")
 _FLOAT_ALWAYS: Final = {("Resize", 2), ("Resize", 1)}
 """Inputs that an operator takes in float32 whatever its other inputs are."""
@@ -49,6 +56,8 @@ def lower(model: onnx_ir.Model, recipe: Recipe) -> onnx_ir.Model:
                 node.replace_input_with(index, _as(graph, node, value, needed, casts))
         if node not in high:
             _retype(node, kind)
+    if recipe.rest == "float16":
+        _clip(graph)
     for value in lowered:
         # Not `value.dtype`, which would change the type that copies of the graph share.
         value.type = onnx_ir.TensorType(kind)
@@ -126,6 +135,33 @@ def _retype(node: onnx_ir.Node, kind: onnx_ir.DataType) -> None:
         if tensor.dtype == _FLOAT:
             rounded = onnx_ir.Tensor(tensor.numpy().astype(kind.numpy()), dtype=kind)
             node.attributes["value"] = onnx_ir.AttrTensor("value", rounded)
+
+
+def _clip(graph: onnx_ir.Graph) -> None:
+    """Put a Clip behind every block's last sum."""
+    for node in tuple(graph):
+        if not str(node.name).endswith(f".{RESIDUAL}"):
+            continue
+        total = node.outputs[0]
+        bounds = []
+        for what, bound in (("least", -_MOST_FP16), ("most", _MOST_FP16)):
+            tensor = onnx_ir.Tensor(np.array(bound, np.float16), name=f"{node.name}.{what}")
+            value = onnx_ir.Value(
+                name=tensor.name,
+                shape=onnx_ir.Shape([]),
+                type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT16),
+                const_value=tensor,
+            )
+            graph.register_initializer(value)
+            bounds.append(value)
+        clip = onnx_ir.node("Clip", [total, *bounds], name=f"{node.name}.clip")
+        made = clip.outputs[0]
+        made.name, made.shape = f"{total.name}_clipped", total.shape
+        made.type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT16)
+        total.replace_all_uses_with(made)
+        # That changed the Clip's own input as well.
+        clip.replace_input_with(0, total)
+        graph.insert_after(node, clip)
 
 
 def _restore(graph: onnx_ir.Graph, index: int, output: onnx_ir.Value) -> None:

@@ -35,6 +35,8 @@ from export.weights import converted, lazy
 PRODUCTS: Final = ("MatMul", "Gemm", "Conv")
 LARGEST: Final[Mapping[str, float]] = {"int8": 127.0, "float8e4m3fn": 448.0}
 """The largest number of a type; int8's -128 is not used, since it has no opposite."""
+_LEAST_STEP: Final = 2.0**-20
+"""Of which fp16 still has four digits; what is smaller than a step is noise beside any weight."""
 _TYPES: Final = {
     "int8": onnx_ir.DataType.INT8,
     "float8e4m3fn": onnx_ir.DataType.FLOAT8E4M3FN,
@@ -198,8 +200,8 @@ def _divided(layer: Layer, source: onnx_ir.Value, divisor: NDArray[np.float32]) 
 
 def _pair(place: _Place, source: onnx_ir.Value, largest: float, kind: str) -> onnx_ir.Value:
     """A value through 8 bits and back."""
-    scale = _scale(np.array(largest, np.float32), kind)
     rest = _type(source)
+    scale = _scale(np.array(largest, np.float32), kind, rest)
     at = _constant(place, f"{place.stem}.input_scale", scale, rest)
     zero = _constant(place, f"{place.stem}.input_zero", np.zeros(()), _TYPES[kind])
     down = _node(place, "QuantizeLinear", [source, at, zero], _TYPES[kind], source.shape, "in8")
@@ -221,7 +223,7 @@ def _weight(layer: Layer, recipe: Recipe, factor: NDArray[np.float32] | None) ->
         full = _numbers(layer)
         if factor is not None:
             full *= factor.reshape([-1 if axis == layer.inward else 1 for axis in range(rank)])
-        scale = _scale(np.expand_dims(_largest(full, others), others), str(recipe.kind))
+        scale = _scale(np.expand_dims(_largest(full, others), others), str(recipe.kind), rest)
         kept[:] = [scale.reshape(-1) if recipe.per_channel else scale.reshape(())]
         full /= scale
         most = LARGEST[str(recipe.kind)]
@@ -246,9 +248,11 @@ def _weight(layer: Layer, recipe: Recipe, factor: NDArray[np.float32] | None) ->
     )
 
 
-def _scale(largest: NDArray[np.float32], kind: str) -> NDArray[np.float32]:
-    """The step of a type whose largest number stands for `largest`; a channel of zeros gets one."""
-    return np.asarray(np.maximum(largest, np.float32(1e-8)) / LARGEST[kind], np.float32)
+def _scale(largest: NDArray[np.float32], kind: str, rest: onnx_ir.DataType) -> NDArray[np.float32]:
+    """The step of a type whose largest number stands for `largest`: a number of the type `rest`,
+    which is what the way back multiplies by, and never nought, which nothing can be divided by."""
+    step = np.maximum(largest / LARGEST[kind], _LEAST_STEP)
+    return converted(converted(np.asarray(step, np.float32), rest), onnx_ir.DataType.FLOAT)
 
 
 def _type(value: onnx_ir.Value) -> onnx_ir.DataType:

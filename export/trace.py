@@ -27,6 +27,7 @@ weight) has no place in the final graph, and `export.verify.standard` refuses it
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ from export.source import folder_of
 from export.weights import cast, named, of_module, skeleton, transposed
 
 OPSET: Final = 23
+RESIDUAL: Final = "residual"
+_FLUX_BLOCK: Final = re.compile(r"(single_)?transformer_blocks\.\d+")
 INLINE_BYTES: Final = 128 * 2**20
 """Weights of more than this in all go to a file of their own beside the graph. A protobuf file
 ends at 2 GiB, and is in memory several times over whenever it is written or opened."""
@@ -236,11 +239,15 @@ def _heads(states: torch.Tensor, size: int) -> torch.Tensor:
 def _tidy(model: onnx_ir.Model) -> onnx_ir.Model:
     """Name nodes and weights after the modules they come from; say everything once."""
     taken = {node.name for node in model.graph}
+    # A block of Flux ends with the sum that in fp16 may pass its largest number (`export.lower`).
+    sums: dict[str, onnx_ir.Node] = {}
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         # A printed Python list: the scopes from the outermost to the node itself.
         scope = scopes.strip("[]").replace("'", "").split(", ")[-2:-1]
         module = scope[0].removeprefix("model.") if scope else ""
+        if node.op_type == "Add" and _FLUX_BLOCK.fullmatch(module):
+            sums[module] = node
         if node.op_type == "Attention" and module and module not in taken:
             node.name = module
             taken.add(module)
@@ -251,6 +258,8 @@ def _tidy(model: onnx_ir.Model) -> onnx_ir.Model:
             # The exporter transposes the weights of a MatMul once, and numbers the result.
             if weight is not None and weight.is_initializer() and len(weight.uses()) == 1:
                 _rename(model.graph, weight, f"{module}.weight")
+    for block, node in sums.items():
+        node.name = f"{block}.{RESIDUAL}"
     for value in tuple(model.graph.initializers.values()):
         _rename(model.graph, value, str(value.name).removeprefix("model."))
     for value in (*model.graph.inputs, *model.graph.outputs):

@@ -83,7 +83,10 @@ def _scalar(form: type, value: object, where: str) -> object:
     # bool is an int to Python, and not to anybody who writes JSON.
     fits = isinstance(value, form) and not (form in (int, float) and isinstance(value, bool))
     if form is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise BundleError(f"{where} needs a finite number, not {_show(value)}") from None
     if not fits:
         words = {str: "a text", int: "an integer", float: "a number", bool: "true or false"}
         raise BundleError(f"{where} needs {words[form]}, not {_show(value)}")

@@ -31,7 +31,8 @@ from dermaflux.command import ended, option, parsed
 from dermaflux.errors import BundleError, EngineError
 from dermaflux.images import encode_png
 from export.parity import require
-from export.recipes import ENGINES, FILES, PRECISIONS, RECIPES
+from export.prompts import require_seed
+from export.recipes import ENGINES, FILES, MAY_RUN, PRECISIONS, RECIPES
 from export.staging import staged
 
 if TYPE_CHECKING:
@@ -201,7 +202,7 @@ def _table(
         BundleError: the table is not of this checkpoint.
         EngineError: there is none, and the model is too large to be calibrated here.
     """
-    from export.calibrate import calibrate, needing_scales
+    from export.calibrate import ASSUMED, calibrate, needing_scales
     from export.reference import read_requests, requests
     from export.scales import Scales, command
 
@@ -213,6 +214,10 @@ def _table(
         table = Scales.open(given)
         for part in needing:
             table.require(checkpoint.path, part)
+        if table.request_set == ASSUMED:
+            log.warning(
+                "the ranges of %s are assumed, not measured: the bundle is of no use", given
+            )
         return table
     if given is not None:
         asked = read_requests(checkpoint, given)
@@ -305,6 +310,13 @@ def _check(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
             raise BundleError(f"{flag} {unknown[0]!r} is not known; use {', '.join(known)}")
     if not settings.precision or not settings.engines:
         raise BundleError("--precision and --engines need a name each")
+    require_seed(settings.seed)
+    for precision in settings.precision:
+        if not set(MAY_RUN[precision]) & set(settings.engines):
+            raise BundleError(
+                f"no engine of --engines {','.join(settings.engines)} may run {precision}; it "
+                f"needs one of {', '.join(MAY_RUN[precision])}"
+            )
     if settings.prompts < 0:
         raise BundleError(f"--prompts {settings.prompts} is less than none; use 0 or more")
     present = (settings.checkpoint / "classifier").is_dir()
@@ -341,5 +353,6 @@ def _plain(value: object) -> object:
 
 if __name__ == "__main__":
     # So that an export that is stopped takes its unfinished folder with it.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda got, _: sys.exit(128 + got))
     sys.exit(main())

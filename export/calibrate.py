@@ -34,7 +34,7 @@ from torch import nn
 from dermaflux.bundle import GENERATOR_PARTS
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.engines import eager
-from dermaflux.errors import EngineError
+from dermaflux.errors import BundleError, EngineError
 from dermaflux.flow import Schedule
 from dermaflux.hardware import look
 from dermaflux.pipeline import Pipeline, Request
@@ -166,7 +166,11 @@ def request_set(requests: Sequence[Request]) -> str:
 def _begin(
     checkpoint: Checkpoint, requests: Sequence[Request], path: Path | None, parts: Sequence[str]
 ) -> Scales:
-    """The table at `path` where it is of these weights and requests, else an empty one."""
+    """The table at `path`, or an empty one where there is none.
+
+    Raises:
+        BundleError: it is of other weights or requests.
+    """
     empty = Scales(
         parts={},
         models={part: fingerprint(checkpoint.path, part) for part in parts},
@@ -177,12 +181,16 @@ def _begin(
     if path is None or not path.exists():
         return empty
     found = Scales.open(path)
-    same = (found.models, found.request_set, found.asked) == (
+    if (found.models, found.request_set, found.asked) != (
         empty.models,
         empty.request_set,
         empty.asked,
-    )
-    return found if same else empty
+    ):
+        raise BundleError(
+            f"{path} is a table of other weights or other requests ({found.done} of {found.asked} "
+            "done) and is left as it is; remove it or name another --out"
+        )
+    return found
 
 
 class _Watched(RotaryAttention):

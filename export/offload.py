@@ -48,10 +48,11 @@ def offloaded(
 
     Raises:
         BundleError: the shards lack a tensor.
+        EngineError: torch has no such device.
     """
     from accelerate.hooks import attach_align_device_hook
 
-    place = torch.device(device)
+    place = eager.torch_device(device)
     module: Any = skeleton(checkpoint, part, dtype)
     shards = _Shards(of_module(module, checkpoint / folder_of(part)), dtype)
     # Buffers hold numbers that no shard has, and are small.

@@ -9,8 +9,23 @@ Calibration and parity look at what the model will be asked, so they ask for les
 from __future__ import annotations
 
 import random
+from typing import Final
 
+from dermaflux.errors import BundleError
 from dermaflux.prompt import DIAGNOSES, LABELS, VOCABULARY, Lesion, caption
+
+MAX_SEED: Final = 1_000_000
+"""Of a list of requests: each takes a million seeds of images for itself."""
+
+
+def require_seed(seed: int) -> None:
+    """Check the seed of a list of requests.
+
+    Raises:
+        BundleError: it is out of range.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise BundleError(f"--seed {seed} is out of range; use 0 to {MAX_SEED}")
 
 
 def captions(count: int, seed: int) -> list[str]:

@@ -27,6 +27,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -37,6 +39,7 @@ from dermaflux import files
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.command import ended
 from dermaflux.errors import BundleError
+from export.prompts import require_seed
 from export.recipes import RECIPES, Recipe
 
 QUANTIZED: Final = ("int8", "fp8")
@@ -69,6 +72,7 @@ def _calibrate(options: argparse.Namespace) -> dict[str, object]:
     from export.calibrate import assume, calibrate
     from export.reference import read_requests, requests
 
+    _check(options)
     checkpoint = Checkpoint.open(options.calibrate)
     out = options.out or Path(f"{checkpoint.path.name}.scales.npz")
     if options.assume is not None:
@@ -81,9 +85,7 @@ def _calibrate(options: argparse.Namespace) -> dict[str, object]:
         # Not the seed of the export's comparison: other prompts and noise than those compared.
         asked = requests(checkpoint, options.prompts, options.seed + 1)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    batch = options.batch or (PROMPTS if options.offload else 1)
-    if batch < 1:
-        raise BundleError(f"--batch {batch} passes nothing; use 1 or more")
+    batch = options.batch if options.batch is not None else PROMPTS if options.offload else 1
     table = calibrate(
         checkpoint, asked, out,
         device=options.device, dtype=dtype, offload=options.offload, batch=batch,
@@ -99,6 +101,7 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, object]:
     from export.shapes import examples, sizes
     from export.trace import trace
 
+    _check(options)
     checkpoint = Checkpoint.open(options.sensitivity)
     if options.scales is None:
         raise BundleError("--sensitivity needs --scales TABLE, which --calibrate makes")
@@ -128,6 +131,23 @@ def _sensitivity(options: argparse.Namespace) -> dict[str, object]:
     if options.out is not None:
         files.write(options.out, (json.dumps(result, indent=2) + "\n").encode())
     return result
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Before the minutes that all else takes.
+
+    Raises:
+        BundleError: an option is out of range, or `--out` cannot be written.
+    """
+    for name in ("prompts", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise BundleError(f"--{name} {value} measures nothing; use 1 or more")
+    require_seed(options.seed)
+    if options.assume is not None and not 0 < options.assume < math.inf:
+        raise BundleError(f"--assume {options.assume} is no range; use a finite number above 0")
+    if options.out is not None and options.out.is_dir():
+        raise BundleError(f"--out {options.out} is a folder; give a file")
 
 
 def _parts(part: str) -> tuple[str, ...]:
@@ -185,4 +205,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

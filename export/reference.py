@@ -160,7 +160,7 @@ def read_requests(checkpoint: Checkpoint, path: Path) -> list[Request]:
             found.append(
                 validate(checkpoint.defaults, checkpoint.limits, checkpoint.model, **values)
             )
-        except (ValueError, TypeError, RequestError) as error:
+        except (ValueError, TypeError, RecursionError, RequestError) as error:
             raise BundleError(f"{path}, line {number}, is no request: {error}") from error
     if not found:
         raise BundleError(f"{path} holds no requests; write one JSON object a line")
@@ -181,16 +181,18 @@ def read_pictures(folder: Path) -> list[Picture]:
         else:
             with table.open(encoding="utf-8", newline="") as stream:
                 rows = list(csv.DictReader(stream))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise BundleError(
             f"{folder} is no folder of photographs with metadata.jsonl or metadata.csv: {error}"
         ) from error
     found = []
     for row in rows:
+        if not isinstance(row, dict):
+            raise BundleError(f"{folder}: its metadata needs objects, not {str(row)[:40]}")
         if row.get("split", "test") != "test":
             continue
         name, label = row.get("file_name") or row.get("image"), row.get("label")
-        if not name or not (folder / name).is_file() or label not in LABELS:
+        if not isinstance(name, str) or not (folder / name).is_file() or label not in LABELS:
             raise BundleError(f"{folder}: the picture {name!r} with the label {label!r} is no use")
         found.append(Picture(folder / name, label == "malignant"))
     if not found:

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,30 @@ from numpy.typing import NDArray
 
 from dermaflux import files
 from dermaflux.errors import BundleError
+from dermaflux.strict import read
 from export.quantized import Channels
 from export.source import folder_of
 
 VERSION: Final = 1
 _SAMPLES: Final = 16
 _SAMPLE_BYTES: Final = 65536
+
+
+# What numpy, zipfile and zlib raise for files that are cut, flipped or something else.
+_UNREADABLE: Final = (
+    *(OSError, EOFError, ValueError, KeyError, AttributeError, TypeError, RecursionError),
+    *(NotImplementedError, zipfile.BadZipFile, zlib.error),
+)
+
+
+@dataclass(frozen=True)
+class _About:
+    """The text of a table; see `Scales`."""
+
+    models: Mapping[str, str]
+    request_set: str
+    asked: int
+    done: int
 
 
 @dataclass(frozen=True)
@@ -55,23 +74,26 @@ class Scales:
         try:
             with np.load(path, allow_pickle=False) as content:
                 arrays = {name: content[name] for name in content.files}
-            about = json.loads(str(arrays.pop("about")))
-            version = about.pop("version")
+            told = json.loads(str(arrays.pop("about")))
+            version = told.pop("version")
         except FileNotFoundError:
             raise BundleError(f"there is no table of scales at {path}; {_remedy(path)}") from None
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise BundleError(f"{path} is no table of scales ({error}); {_remedy(path)}") from error
         if version != VERSION:
             raise BundleError(
                 f"{path} has version {version}, this version reads {VERSION}; {_remedy(path)}"
             )
+        about = read(_About, told, f"{path}: about")
         parts: dict[str, dict[str, NDArray[np.float32]]] = {}
         for name, array in arrays.items():
-            part, layer = name.split("/", 1)
-            if array.ndim != 1 or not np.isfinite(array).all() or (array < 0).any():
+            part, _, layer = name.partition("/")
+            if array.dtype != np.float32 or array.ndim != 1 or not array.size or not layer:
                 raise BundleError(f"{path}: {name} holds no ranges; {_remedy(path)}")
-            parts.setdefault(part, {})[layer] = array.astype(np.float32)
-        return cls(parts=parts, **about)
+            if not np.isfinite(array).all() or (array < 0).any():
+                raise BundleError(f"{path}: {name} holds no ranges; {_remedy(path)}")
+            parts.setdefault(part, {})[layer] = array
+        return cls(parts=parts, **vars(about))
 
     def save(self, path: Path) -> None:
         """Write the table, whole or not at all; equal tables are equal files."""

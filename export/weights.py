@@ -42,12 +42,21 @@ _KINDS: Final = {
 
 
 def stored(folder: Path) -> dict[str, onnx_ir.LazyTensor]:
-    """The tensors of all safetensors files of a folder by name; only headers are read."""
+    """The tensors of all safetensors files of a folder by name; only headers are read.
+
+    Raises:
+        BundleError: a tensor is of a type that is not read, such as fp8.
+    """
     found: dict[str, onnx_ir.LazyTensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as shard:
             for key in shard.keys():  # noqa: SIM118 - a shard is no mapping
                 header = shard.get_slice(key)
+                if header.get_dtype() not in _KINDS:
+                    raise BundleError(
+                        f"{file}: {key} is stored as {header.get_dtype()}, and is read as one of "
+                        f"{', '.join(_KINDS)}; save the weights in bf16 or fp16 first"
+                    )
                 found[key] = lazy(
                     key, _KINDS[header.get_dtype()], header.get_shape(), _reader(file, key)
                 )

@@ -101,7 +101,7 @@ def load(
     if precision is not None and precision not in (*PRECISIONS.values(), FP8):
         known = ", ".join((*PRECISIONS.values(), FP8))
         raise EngineError(f"the eager engine has no precision {precision!r}; use {known}")
-    place = _device(device)
+    place = torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     if precision is not None:
@@ -124,12 +124,17 @@ def load(
     )
 
 
-def _device(name: str) -> torch.device:
+def torch_device(name: str) -> torch.device:
+    """A device that torch computes on here.
+
+    Raises:
+        EngineError: there is none of that name.
+    """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    # A torch built without CUDA asserts; others raise RuntimeError.
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).cpu()
+    # A torch built without CUDA asserts; "meta" has no numbers; others raise RuntimeError.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
         raise EngineError(f"torch cannot use the device {name!r}: {why}. Use cpu") from error
     return device

@@ -149,8 +149,14 @@ def _no_plan(bundle: Bundle, part: str, level: str, machine: Machine) -> str | N
     gpu = machine.gpus[0]
     version = importlib.metadata.version("tensorrt")
     key = trt_plan.Hardware(".".join(map(str, gpu.capability)), version, gpu.driver)
-    if trt_plan.variants(bundle, key, part, level):
+    built = trt_plan.variants(bundle, key, part, level)
+    if trt_plan.DYNAMIC in built:
         return None
+    if built:
+        return (
+            f"the plans of {part} in {level} are for {', '.join(built)} alone; "
+            f"{trt_plan.command(bundle, part, level)}"
+        )
     return f"no plan of {part} in {level} for {key.key}; {trt_plan.command(bundle, part, level)}"
 
 

@@ -143,6 +143,80 @@ def test_what_is_no_table_is_refused(tmp_path, content):
         Scales.open(tmp_path / "nowhere.npz")
 
 
+def test_a_flipped_bit_is_refused_or_harmless(made, tmp_path):
+    whole = made[1].read_bytes()
+    random = np.random.default_rng(0)
+    path, refused = tmp_path / "flipped.npz", 0
+    for place in random.integers(0, len(whole), 60):
+        content = bytearray(whole)
+        content[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(content)
+        try:
+            Scales.open(path)
+        except BundleError:
+            refused += 1
+    assert refused > 30
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"models": None}, "about.models"),
+        ({"done": "1"}, "about.done"),
+        ({"more": 1}, "unknown key 'more'"),
+        ([], "is no table of scales"),
+    ],
+)
+def test_what_a_table_says_of_itself_is_read_strictly(made, tmp_path, change, why):
+    with np.load(made[1]) as content:
+        arrays = dict(content)
+    about = json.loads(str(arrays["about"]))
+    about = {**about, **change} if isinstance(change, dict) else change
+    np.savez(tmp_path / "t.npz", **{**arrays, "about": np.array(json.dumps(about))})
+    with pytest.raises(BundleError, match=why):
+        Scales.open(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize(
+    "array", [np.ones(3), np.ones(3, bool), np.ones((2, 2), np.float32), np.ones(0, np.float32),
+              np.array([np.nan], np.float32), np.array([-1], np.float32)],
+)  # fmt: skip
+def test_what_is_no_range_is_refused(made, tmp_path, array):
+    with np.load(made[1]) as content:
+        arrays = dict(content)
+    np.savez(tmp_path / "t.npz", **{**arrays, "transformer/x_embedder": array})
+    with pytest.raises(BundleError, match="transformer/x_embedder holds no ranges"):
+        Scales.open(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--prompts", "0"], "--prompts 0 measures nothing"),
+        (["--batch", "0"], "--batch 0 measures nothing"),
+        (["--seed", "-5"], "--seed -5 is out of range"),
+        (["--assume", "nan"], "--assume nan is no range"),
+        (["--assume", "0"], "--assume 0.0 is no range"),
+        (["--device", "nowhere"], "torch cannot use the device 'nowhere'"),
+        (["--device", "meta", "--offload"], "torch cannot use the device 'meta'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tiny_checkpoint, tmp_path, capsys, options, why):
+    out = tmp_path / "t.npz"
+    arguments = ["--calibrate", str(tiny_checkpoint), "--out", str(out), *options]
+    assert main(arguments) == 2
+    assert why in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_table_of_other_requests_is_left_as_it_is(made, tiny_checkpoint, capsys):
+    before = made[1].read_bytes()
+    arguments = ["--calibrate", str(tiny_checkpoint), "--out", str(made[1]), "--prompts", "1"]
+    assert main(arguments) == 2
+    assert "other requests (2 of 2 done) and is left as it is" in capsys.readouterr().err
+    assert made[1].read_bytes() == before
+
+
 def test_another_version_is_refused(made, tmp_path, monkeypatch):
     monkeypatch.setattr("export.scales.VERSION", 2)
     with pytest.raises(BundleError, match="has version 1, this version reads 2"):
@@ -165,10 +239,14 @@ def test_too_large_a_model_is_refused_with_the_command(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_assumed_table_says_so(tiny_checkpoint, tmp_path, capsys):
+def test_an_assumed_table_says_so(tiny_checkpoint, tmp_path, capsys, caplog):
     out = tmp_path / "assumed.npz"
     assert main(["--calibrate", str(tiny_checkpoint), "--out", str(out), "--assume", "8"]) == 0
     assert json.loads(capsys.readouterr().out)["assumed"] is True
+    arguments = [str(tiny_checkpoint), "--out", str(tmp_path / "b"), "--prompts", "0"]
+    with caplog.at_level("WARNING"):
+        assert export_main([*arguments, "--precision", "fp8", "--calibration", str(out)]) == 0
+    assert "are assumed, not measured" in caplog.text
     table = Scales.open(out)
     assert table.request_set == "assumed"
     assert (table.parts["transformer"]["single_transformer_blocks.0.attn.to_q"] == 8).all()
@@ -182,7 +260,13 @@ def test_requests_of_a_file(tiny_checkpoint, tmp_path):
     first, second = read_requests(checkpoint, path)
     assert (first.prompt, first.seed, first.steps) == ("a nevus", 3, 2)
     assert second.steps == checkpoint.defaults.steps
-    for wrong, why in (("{}", "line 1"), ('{"prompt": "x", "steps": 0}', "steps"), ("", "no req")):
+    deep = '{"prompt": ' + "[" * 100_000
+    for wrong, why in (
+        (deep, "line 1"),
+        ("{}", "line 1"),
+        ('{"prompt": "x", "steps": 0}', "steps"),
+        ("", "no req"),
+    ):
         path.write_text(wrong)
         with pytest.raises(BundleError, match=why):
             read_requests(checkpoint, path)

@@ -194,7 +194,12 @@ def _openvino_operations(graph: Path) -> dict[str, Counter[str]]:
         details: Any = operation.get_rt_info()
         kind = details["layerType"].astype(str)
         if kind in _COMPUTE:
-            counts.setdefault(kind, Counter())[details["runtimePrecision"].astype(str)] += 1
+            # `undef_i8`: the primitive's own type. The other is that of the weights as well.
+            computed = details["primitiveType"].astype(str).rsplit("_", 1)[-1]
+            held = details["runtimePrecision"].astype(str)
+            small = held in ("i8", "u8") and computed != held
+            how = f"{computed} of 8-bit weights" if small else computed
+            counts.setdefault(kind, Counter())[how] += 1
     return counts
 
 

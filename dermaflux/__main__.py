@@ -27,6 +27,7 @@ from typing import Final
 
 from dermaflux import __version__, files
 from dermaflux.bundle import GENERATOR_PARTS, Bundle
+from dermaflux.checkpoint import Checkpoint
 from dermaflux.classifier import Classifier
 from dermaflux.command import ended
 from dermaflux.doctor import damaged, examine, files_of
@@ -37,6 +38,7 @@ from dermaflux.images import decode_upload, encode_png
 from dermaflux.pipeline import Pipeline, Progress, Request
 from dermaflux.prompt import VOCABULARY, Lesion, caption
 
+BUNDLE: Final = Path("bundles/mini")
 PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp")
 LISTS: Final = ("colors", "structures")
 RESIDENCY: Final = {"planned": None, "together": False, "in-turns": True}
@@ -53,18 +55,7 @@ def generate(options: argparse.Namespace) -> int:
     prompt = _prompt(options)
     single = options.out.suffix.lower() == ".png"
     _check_out(options.out, single, options.count)
-    pipeline = Pipeline.open(
-        _bundle(options, GENERATOR_PARTS),
-        engine=options.engine,
-        precision=options.precision,
-        checkpoint=options.checkpoint,
-        threads=options.threads,
-        device=options.device,
-        compile=options.compile,
-        in_turns=RESIDENCY[options.residency],
-        height=options.height,
-        width=options.width,
-    )
+    pipeline = _pipeline(options)
     if pipeline.plan is not None and pipeline.plan.in_turns:
         turns = ", then ".join(" and ".join(group) for group in pipeline.plan.groups)
         print(f"note: parts take turns in memory: {turns}", file=sys.stderr)
@@ -91,6 +82,54 @@ def generate(options: argparse.Namespace) -> int:
             files.write(file, encode_png(pixels, record))
             print(json.dumps({"file": str(file), **record}), flush=True)
     return 0
+
+
+def _pipeline(options: argparse.Namespace) -> Pipeline:
+    """Over a bundle, or, where none is named beside a checkpoint, with the checkpoint's settings.
+
+    Another model's settings would fit by chance alone: its lengths of text, scales and defaults.
+    """
+    if options.engine == EAGER and options.checkpoint is not None and options.bundle is None:
+        if RESIDENCY[options.residency] is not None:
+            raise RequestError("--residency", "needs --bundle, whose sizes are planned with")
+        return Pipeline.from_checkpoint(
+            options.checkpoint,
+            precision=options.precision or "fp32",
+            device=options.device or "cpu",
+            compile=options.compile,
+            threads=options.threads,
+        )
+    bundle = _bundle(options, GENERATOR_PARTS)
+    if options.checkpoint is not None:
+        _check_is_of(bundle, options.checkpoint)
+    return Pipeline.open(
+        bundle,
+        engine=options.engine,
+        precision=options.precision,
+        checkpoint=options.checkpoint,
+        threads=options.threads,
+        device=options.device,
+        compile=options.compile,
+        in_turns=RESIDENCY[options.residency],
+        height=options.height,
+        width=options.width,
+    )
+
+
+def _check_is_of(bundle: Bundle, checkpoint: Path) -> None:
+    """A checkpoint runs with a bundle's settings only if its model has the same."""
+    ours, theirs = Checkpoint.open(checkpoint).model, bundle.model
+    differ = [
+        f"{name} {getattr(ours, name)} there, {getattr(theirs, name)} here"
+        for name in vars(ours)
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    if differ:
+        raise RequestError(
+            "--checkpoint",
+            f"{checkpoint} is of another model than the bundle {bundle.path}: {'; '.join(differ)}. "
+            "Leave --bundle out, and the checkpoint's own settings are used",
+        )
 
 
 def classify(options: argparse.Namespace) -> int:
@@ -132,8 +171,9 @@ def _bundle(options: argparse.Namespace, parts: Sequence[str]) -> Bundle:
         )
     if options.engine != EAGER and options.checkpoint is not None:
         raise RequestError("--checkpoint", "goes with --engine eager only; leave it out")
-    _check_is_bundle(options.bundle)
-    bundle = Bundle.open(options.bundle)
+    folder = options.bundle or BUNDLE
+    _check_is_bundle(folder)
+    bundle = Bundle.open(folder)
     if options.verify and options.engine != EAGER:
         choices = [
             choose(bundle, part, options.engine, options.precision)
@@ -143,7 +183,7 @@ def _bundle(options: argparse.Namespace, parts: Sequence[str]) -> Bundle:
         for path in damaged(bundle, files_of(bundle, choices)):
             raise BundleError(
                 f"{path} is not what was exported: its sha256 differs. Make the bundle again "
-                f"with: python -m export CHECKPOINT --out {options.bundle}"
+                f"with: python -m export CHECKPOINT --out {folder}"
             )
     return bundle
 
@@ -182,7 +222,9 @@ def _parser() -> argparse.ArgumentParser:
     forced.add_argument(
         "--precision", help="one the bundle has, such as fp32; default: the fastest"
     )
-    shared.add_argument("--bundle", type=Path, default=Path("bundles/mini"), help="bundle's folder")
+    shared.add_argument(
+        "--bundle", type=Path, help=f"bundle's folder; default: {BUNDLE}, or none with a checkpoint"
+    )
     shared.add_argument("--checkpoint", type=Path, help="weights for --engine eager")
     shared.add_argument(
         "--verify",
@@ -226,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     looking = commands.add_parser(
         "doctor", parents=[forced], help="examine a bundle and this machine"
     )
-    looking.add_argument("bundle", nargs="?", type=Path, default=Path("bundles/mini"))
+    looking.add_argument("bundle", nargs="?", type=Path, default=BUNDLE)
     looking.add_argument("--golden", action="store_true", help="make the golden image and compare")
     looking.add_argument("--json", action="store_true", help="for programs")
     looking.set_defaults(run=doctor)

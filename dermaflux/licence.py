@@ -167,12 +167,14 @@ def _creative_commons(nc: str | None, other: str | None, version: str | None) ->
 
 @dataclass(frozen=True)
 class Ingredient:
-    """Something that a result is made of. `kind` is data, weights or captions."""
+    """Something that a result is made of. `kind` is data, weights or captions (what wrote them);
+    `sha256` is of its files, where that was told."""
 
     name: str
     licence: str
     attribution: str = ""
     kind: str = "data"
+    sha256: str = ""
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> Ingredient:
@@ -183,6 +185,7 @@ class Ingredient:
             str(entry.get("licence") or ""),
             str(entry.get("attribution") or entry.get("source") or ""),
             str(entry.get("kind") or "data"),
+            str(entry.get("sha256") or ""),
         )
 
     @property
@@ -251,7 +254,8 @@ def require(
     lives or has their business in the European Union.
 
     Raises:
-        LicenceError: everything that is forbidden, by ingredient and licence, and what to do.
+        LicenceError: everything that is forbidden, by ingredient and licence, and what to do; or
+            `accepted` has a text that names no licence.
     """
     if use not in USES:
         raise LicenceError(f"use {use!r} is not known; use {', '.join(USES)}")
@@ -267,7 +271,7 @@ def require(
             if eu and not licence.eu:
                 words = "grants no rights to its multimodal models in the European Union"
                 found.append(Forbidden(one.name, licence.id, USES, words))
-    pardoned = {find(text).id for text in accepted}
+    pardoned = {_named(text).id for text in accepted}
     found = [one for one in found if one.licence not in pardoned]
     if found:
         reasons = _distinct(f"{one.ingredient} ({one.licence}) {one.words}" for one in found)
@@ -277,6 +281,17 @@ def require(
             f"by name: {', '.join(_distinct(one.licence for one in found))}"
         )
     return terms
+
+
+def _named(text: str) -> Licence:
+    """The licence that a user accepts: one that nobody stated only by its own name."""
+    found = find(text)
+    if found is UNKNOWN and text.strip().casefold() != UNKNOWN.id:
+        raise LicenceError(
+            f"{text!r} names no licence that could be accepted; give its name, or {UNKNOWN.id} for "
+            "those that are not stated"
+        )
+    return found
 
 
 def _forbidden(parts: list[tuple[Ingredient, Licence]]) -> Iterable[Forbidden]:

@@ -87,7 +87,7 @@ def opened(path: Path) -> Opened:
     about = {key: text for key, text in file.metadata.items() if key not in _OWN}
     try:
         layers = _kohya(file, sources) if names else _diffusers(file, sources)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise AdapterError(f"{path}: its metadata cannot be used: {error}") from error
     return Opened(layers, about)
 
@@ -169,7 +169,7 @@ class Lazy(Mapping[str, Factors]):
 
 
 def _kohya(file: TensorFile, sources: Mapping[str, Source]) -> Lazy:
-    told = json.loads(file.metadata.get(_RANKS, "{}"))
+    told = _told(file, _RANKS)
     places: dict[str, tuple[Source, float, int, Sequence[int]]] = {}
     for name, source in sources.items():
         layers = kohya.parts(name)
@@ -183,7 +183,7 @@ def _kohya(file: TensorFile, sources: Mapping[str, Source]) -> Lazy:
 
 
 def _diffusers(file: TensorFile, sources: Mapping[str, Source]) -> Lazy:
-    told = json.loads(file.metadata.get(_PEFT, "null")) or {}
+    told = _told(file, _PEFT)
     places: dict[str, tuple[Source, float, int, Sequence[int]]] = {}
     for name, source in sources.items():
         alpha = _alpha(file, source)
@@ -191,11 +191,24 @@ def _diffusers(file: TensorFile, sources: Mapping[str, Source]) -> Lazy:
         if source.alpha is None and f"{part}.lora_alpha" in told:
             patterns = told.get(f"{part}.alpha_pattern") or {}
             alpha = float(_matching(patterns, rest, told[f"{part}.lora_alpha"]))
+            if not math.isfinite(alpha):
+                raise ValueError(f"{_PEFT} says an alpha of {alpha} for {name}")
             if told.get(f"{part}.use_rslora"):
                 # Rank-stabilised LoRA divides by the root of the rank (arXiv 2312.03732).
                 alpha *= source.rank**0.5
         places[_in_memory(name)] = (source, alpha, 0, ())
     return Lazy(file, places)
+
+
+def _told(file: TensorFile, key: str) -> Mapping[str, Any]:
+    """An object in the metadata; empty where there is none."""
+    told = json.loads(file.metadata.get(key, "{}"))
+    if not isinstance(told, dict | None):
+        raise ValueError(
+            f"{key} is a {type(told).__name__}, and an object of settings is needed; alpha would "
+            "be lost: get the file again, or remove that key where alpha is the rank"
+        )
+    return told or {}
 
 
 def _alpha(file: TensorFile, source: Source) -> float:

@@ -59,19 +59,24 @@ Part = tuple[int, int]
 
 
 def run_import(folder: Path, file: Path) -> dict[str, Any]:
-    """Take captions from a file; what the command prints.
+    """Take captions from a file; what the command prints. An empty text takes no other's place.
 
     Raises:
-        DatasetError: what `dermaflux.dataset.read` and `caption_import` refuse.
+        DatasetError: what `dermaflux.dataset.read` and `caption_import` refuse, or all texts that
+            belong to pictures are empty.
     """
     texts, sha256 = caption_import.read(file)
     records = dataset.read(folder)
     matched = caption_import.matches(records, texts)
+    good = {name: text for name, text in matched.found.items() if text.strip()}
+    failures = {name: "its text is empty" for name in matched.found if name not in good}
+    if not good:
+        raise DatasetError(f"all {len(failures)} texts of {file} for this dataset are empty")
     dataset.write(
         folder,
         (
-            caption_import.imported(record, matched.found[record.file_name], file.name, sha256)
-            if record.file_name in matched.found
+            caption_import.imported(record, good[record.file_name], file.name, sha256)
+            if record.file_name in good
             else record
             for record in records
         ),
@@ -79,8 +84,10 @@ def run_import(folder: Path, file: Path) -> dict[str, Any]:
     return {
         "dataset": str(folder),
         "captions": len(texts),
-        "captioned": len(matched.found),
-        "without": len(records) - len(matched.found),
+        "captioned": len(good),
+        "without": len(records) - len(good),
+        "failed": len(failures),
+        "failures": dict(list(failures.items())[:_SHOWN]),
         "unknown": {"count": len(matched.unknown), "first": matched.unknown[:_SHOWN]},
         "ambiguous": {"count": len(matched.ambiguous), "first": matched.ambiguous[:_SHOWN]},
     }

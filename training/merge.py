@@ -6,9 +6,10 @@
 Every weight is `base + scale * sum(weight * alpha / rank * up @ down)` in float32, rounded once to
 the stored type. Tensors go one by one from the base's shards into new ones, so that memory does not
 grow with the model: a tensor, its sum in float32, and its factors. All else of the checkpoint is
-copied, `classifier/` too; pickles, other programs' weights and the base's report are not, for they
-are not those of what is made. What it was made of stands in `provenance.json`, and a combination
-that licences forbid is refused (`dermaflux.licence`), unless `--accept-licence` names the licence.
+copied; pickles, other programs' weights and the base's report are not, for they are not those of
+what is made. What it was made of stands in `provenance.json`, and a combination that licences
+forbid is refused (`dermaflux.licence`), unless `--accept-licence` names the licence. The terms of
+the base's classifier count, since it is copied too, unless `--without-classifier` leaves it out.
 
 The checkpoint appears whole: it is written beside its place, in a folder that the next run of the
 same command clears away where this one was killed.
@@ -64,6 +65,7 @@ class Settings:
     dtype: str = "keep"
     use: str = "research"
     accepted: tuple[str, ...] = ()
+    classifier: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,28 +94,36 @@ def merge(settings: Settings) -> dict[str, Any]:
         raise BundleError(f"{settings.out} is there already; give --out another name, or remove it")
     loaded = [(_file(path), weight) for path, weight in settings.adapters]
     opened = [(adapter.opened(path), weight) for path, weight in loaded]
-    sources = [
+    every = [
         Source(path, _sha256(path), weight, len(one.layers), one.about)
         for (path, weight), (one, _) in zip(loaded, opened, strict=True)
     ]
     name, trained_on = settings.out.resolve().name, str(base.provenance["name"])
-    ingredients = merge_terms.of_base(base)[1]
-    for source in sources:
-        ingredients += source.ingredients(trained_on)
+    sources = []
+    for source in merge_terms.named(every):
+        if not source.weight * settings.scale:
+            logger.warning(
+                "%s has the weight %g and the scale %g, so nothing of it is merged: it is no "
+                "ingredient", source.name, source.weight, settings.scale,
+            )  # fmt: skip
+            continue
+        sources.append(source)
         if source.about.get("base", trained_on) != trained_on:
             logger.warning(
                 "%s was trained on %s, and is merged into %s",
                 source.name, source.about["base"], trained_on,
             )  # fmt: skip
-    terms = licences.require(ingredients, settings.use, settings.accepted, name=name)
+    terms = merge_terms.required(
+        base, sources, settings.use, settings.accepted, name=name, classifier=settings.classifier
+    )
     plan = _plan(settings.base, opened, settings.scale)
-    copied, left_out = merge_files.others(settings.base)
+    copied, left_out = merge_files.others(settings.base, settings.classifier)
     entries = {file: _entries(settings, file) for file in copied if file.suffix == ".safetensors"}
     size = {file: _size(file, entries.get(file)) for file in copied}
     merge_files.room(settings.out, sum(size.values()))
     asked = {"scale": settings.scale, "dtype": settings.dtype, "use": settings.use}
     asked |= {"accepted_licences": list(settings.accepted)}
-    content = merge_terms.provenance(name, base, sources, terms, asked)
+    content = merge_terms.provenance(name, base, sources, terms, asked, settings.classifier)
     with (
         merge_files.staged(settings.out) as folder,
         tqdm(total=sum(size.values()), unit="B", unit_scale=True, desc="merging") as bar,
@@ -154,7 +164,7 @@ def _base(folder: Path) -> Checkpoint:
         )
     base = Checkpoint.open(folder)
     for index in folder.glob("*/*.safetensors.index.json"):
-        named = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        named = merge_files.shards(index)
         if missing := sorted(name for name in named if not (index.parent / name).is_file()):
             raise BundleError(f"{index.parent} lacks {', '.join(missing)}, which its index names")
     return base
@@ -338,6 +348,10 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument(
         "--accept-licence", action="append", default=[], metavar="NAME",
         help="a licence that you answer for, having other terms with its owner; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without-classifier", dest="classifier", action="store_false",
+        help="leave the base's classifier/ out, and the terms of what it was made of",
     )  # fmt: skip
     options = vars(parser.parse_args(arguments))
     accepted = tuple(options.pop("accept_licence"))

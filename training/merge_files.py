@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dermaflux import files
 from dermaflux.errors import BundleError
@@ -24,8 +24,9 @@ _WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", "
 _CHUNK: Final = 2**24
 
 
-def others(base: Path) -> tuple[list[Path], list[Path]]:
-    """The files that the merged checkpoint has, and those that would be untrue or unsafe there."""
+def others(base: Path, classifier: bool = True) -> tuple[list[Path], list[Path]]:
+    """The files that the merged checkpoint has, and those that would be untrue or unsafe there, or,
+    without `classifier`, are in its folder."""
     copied: list[Path] = []
     left_out: list[Path] = []
     # Links are followed: a download's folder is made of them.
@@ -41,6 +42,7 @@ def others(base: Path) -> tuple[list[Path], list[Path]]:
             file = Path(folder) / name
             # A single-file model in the root is the base's own weights once more.
             top = file.parent == base and (file.suffix == ".safetensors" or name == "report.json")
+            top |= not classifier and file.relative_to(base).parts[0] == "classifier"
             if name.startswith(".") or (file.parent == base and name == "provenance.json"):
                 continue
             (left_out if top or file.suffix in _WEIGHTS else copied).append(file)
@@ -56,14 +58,47 @@ def copy(source: Path, target: Path, written: Callable[[int], object]) -> None:
         os.fsync(writer.fileno())
 
 
+def shards(index: Path) -> set[str]:
+    """The files that an index names.
+
+    Raises:
+        BundleError: it is no index of shards; the message says what it is.
+    """
+    return set(_index(index)["weight_map"].values())
+
+
+def _index(file: Path) -> dict[str, Any]:
+    """An index with its `weight_map`, tensor -> file, and its `metadata`, both perhaps empty."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{file} is no JSON ({error}); get the base again") from error
+    if not isinstance(content, dict):
+        found = f"a {type(content).__name__}"
+    elif not isinstance(content.setdefault("metadata", {}), dict):
+        found = f"metadata that is a {type(content['metadata']).__name__}"
+    elif not isinstance(content.setdefault("weight_map", {}), dict):
+        found = f"a weight_map that is a {type(content['weight_map']).__name__}"
+    elif odd := [one for one in content["weight_map"].values() if not isinstance(one, str)]:
+        found = f"the file name {odd[0]!r}"
+    else:
+        return content
+    raise BundleError(
+        f"{file} holds {found}, and an object is needed whose weight_map has a file's name for "
+        "each tensor; get the base again"
+    )
+
+
 def count(index: Path) -> None:
     """An index's `total_size` is that of its own files."""
-    content = json.loads(index.read_text())
-    shards = sorted(set(content.get("weight_map", {}).values()))
+    content = _index(index)
+    shards = sorted(set(content["weight_map"].values()))
     total = sum(
         e.bytes for name in shards for e in TensorFile.open(index.parent / name).entries.values()
     )
-    if content.get("metadata", {}).get("total_size", total) != total:
+    if content["metadata"].get("total_size", total) != total:
         content["metadata"]["total_size"] = total
         files.write(index, (json.dumps(content, indent=2) + "\n").encode())
 

@@ -1,10 +1,12 @@
 """What a merged checkpoint is made of, and under which terms: its `provenance.json`.
 
 An adapter says in its file's metadata what it saw: `data` (or `licences`), a JSON list of objects
-with `source` (or `name`) and `licence`, or of pairs; `base` and `base_licence`, since it is made of
-the base that it was trained on, whatever it is merged into; and `licence` where it has one of its
-own. A base says it in `provenance.json`, or, as downloaded, in its card's header (`README.md`). Who
-says nothing is taken at that: no licence, which allows nothing.
+with `source` (or `name`), `licence` and perhaps `attribution`, or of pairs; `captions`, a list of
+such objects for what wrote the texts, whose licence may reach what is trained on them; `base` and
+`base_licence`, since it is made of the base that it was trained on, whatever it is merged into; and
+`licence` where it has one of its own. A base says it in `provenance.json`, or, as downloaded, in
+its card's header (`README.md`). Who says nothing is taken at that: no licence, which allows
+nothing.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dermaflux import licence as licences
 from dermaflux.checkpoint import UNKNOWN_LICENCE, Checkpoint
-from dermaflux.licence import Ingredient, Terms
+from dermaflux.licence import Ingredient, LicenceError, Terms
 from training.factors import AdapterError
 
 _KEYS = ("data", "licences", "ingredients")
@@ -35,10 +37,14 @@ class Source:
     weight: float
     layers: int
     about: Mapping[str, str]
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """Its own name, else the file's, or its folder's where trainers name all files alike."""
+        """Its own name, else the file's, or its folder's where trainers name all files alike;
+        `label` where that is not enough to tell it from another."""
+        if self.label:
+            return self.label
         if self.about.get("name"):
             return self.about["name"]
         same = ("adapter", "pytorch_lora_weights")
@@ -55,13 +61,15 @@ class Source:
         a licence of its own or tells of no data, and its data.
 
         Raises:
-            AdapterError: its list of data is none.
+            AdapterError: its list of data or captions is none.
         """
-        saw = [Ingredient.of(entry) for entry in self._saw()]
+        saw = [Ingredient.of(entry) for key in _KEYS for entry in self._listed(key)]
         # Stability AI's ModelSpec, which kohya's trainer fills in, spells it so.
         own = str(self.about.get("licence") or self.about.get("modelspec.license") or "")
         if own or not saw:
             saw.insert(0, Ingredient(self.name, own, str(self.about.get("author", "")), "weights"))
+        for entry in self._listed("captions"):
+            saw.append(Ingredient.of({"kind": "captions", "name": "captions", **entry}))
         if "base_licence" in self.about:
             name = self.about.get("base", "its base")
             one = Ingredient(name, self.about["base_licence"], name, "weights")
@@ -70,37 +78,94 @@ class Source:
                 saw.insert(0, one)
         return saw
 
-    def _saw(self) -> list[Mapping[str, Any]]:
+    def _listed(self, key: str) -> list[Mapping[str, Any]]:
         found: list[Mapping[str, Any]] = []
-        lists = [_parsed(self.about.get(key, "")) for key in _KEYS]
-        for entry in (entry for one in lists if isinstance(one, list) for entry in one):
+        listed = _parsed(self.about.get(key, "[]"))
+        if not isinstance(listed, list):
+            # Other trainers have texts of their own under such names, but none of captions.
+            if key == "captions":
+                raise AdapterError(
+                    f"{self.path}: its metadata has captions {str(listed)[:60]!r}, and a JSON list "
+                    "of objects with name and licence is needed"
+                )
+            return []
+        for entry in listed:
             if isinstance(entry, list | tuple) and len(entry) == 2:
                 entry = {"name": entry[0], "attribution": entry[0], "licence": entry[1]}
             if not isinstance(entry, dict) or "licence" not in entry:
+                needed = "name" if key == "captions" else "source"
                 raise AdapterError(
                     f"{self.path}: its metadata names an ingredient {entry!r}; needed are objects "
-                    "with source and licence, or pairs of them"
+                    f"with {needed} and licence, or pairs of them"
                 )
             found.append(entry)
         return found
 
 
-def of_base(base: Checkpoint) -> tuple[str, list[Ingredient]]:
-    """A base's own licence, and the ingredients of its generator, itself first.
+def named(sources: Sequence[Source]) -> list[Source]:
+    """The same adapters, with names that tell them apart: those of one run are all called alike."""
+    labelled = []
+    for one in sources:
+        others = [
+            other for other in sources if other.name == one.name and other.sha256 != one.sha256
+        ]
+        if others:
+            files = [other.path.name for other in others]
+            told = one.sha256[:8] if one.path.name in files else one.path.name
+            one = replace(one, label=f"{one.name} ({told})")
+        labelled.append(one)
+    return labelled
 
-    What only its classifier saw binds the classifier, which stands beside the generator unchanged.
+
+def of_base(base: Checkpoint, classifier: bool = True) -> tuple[str, list[Ingredient]]:
+    """A base's own licence, and the ingredients of what is copied of it, itself first.
+
+    What only its classifier saw binds the classifier alone, but that is in the folder that is made;
+    without `classifier`, or where the base has none, it is no ingredient.
     """
     stated = str(base.provenance.get("licence") or UNKNOWN_LICENCE)
     if stated == UNKNOWN_LICENCE:
         stated = _card(base.path / "README.md") or stated
     name = str(base.provenance["name"])
     own = Ingredient(name, stated, str(base.provenance.get("attribution") or name), "weights")
-    others = [
-        Ingredient.of(one)
-        for one in base.provenance.get("ingredients", ())
-        if one.get("used_for") != "classifier"
-    ]
-    return stated, [own, *others]
+    return stated, [own, *(Ingredient.of(one) for one in _copied(base, classifier))]
+
+
+def _copied(base: Checkpoint, classifier: bool) -> list[Mapping[str, Any]]:
+    """The base's ingredients that stand for something which is copied."""
+    there = classifier and (base.path / "classifier").is_dir()
+    stated = base.provenance.get("ingredients") or ()
+    return [one for one in stated if there or one.get("used_for") != "classifier"]
+
+
+def required(
+    base: Checkpoint, sources: Sequence[Source], use: str, accepted: Sequence[str], *, name: str,
+    classifier: bool = True,
+) -> Terms:  # fmt: skip
+    """The terms of what is made, of all that is copied of the base and of the adapters.
+
+    Raises:
+        LicenceError: licences forbid it; where only the classifier's do, that is said.
+        AdapterError: an adapter's list of data or captions is none.
+    """
+    trained_on = str(base.provenance["name"])
+    merged = [one for source in sources for one in source.ingredients(trained_on)]
+    ingredients = [*of_base(base, classifier)[1], *merged]
+    generator = [*of_base(base, False)[1], *merged]
+    try:
+        return licences.require(ingredients, use, accepted, name=name)
+    except LicenceError as error:
+        if len(generator) == len(ingredients):
+            raise
+        try:
+            licences.require(generator, use, accepted, name=name)
+        except LicenceError as other:
+            if str(other) == str(error):
+                raise error from None
+        raise LicenceError(
+            f"{error}. Part of that is asked for the classifier of {trained_on}, which is copied: "
+            "--without-classifier leaves classifier/ out"
+        ) from None
 
 
 def provenance(
@@ -109,10 +174,11 @@ def provenance(
     sources: Sequence[Source],
     terms: Terms,
     settings: Mapping[str, Any],
+    classifier: bool = True,
 ) -> dict[str, Any]:
     """`provenance.json` of the merged checkpoint; `settings` are those of the command."""
-    licence, own = of_base(base)
-    ingredients = list(base.provenance.get("ingredients", ()))
+    licence, own = of_base(base, classifier)
+    ingredients = _copied(base, classifier)
     if not base.provenance.get("ingredients"):
         ingredients.append(_entry(own[0]))
     base_name = str(base.provenance["name"])
@@ -131,6 +197,7 @@ def provenance(
         "adapters": [
             {
                 "name": one.name,
+                "file": one.path.name,
                 "sha256": one.sha256,
                 "weight": one.weight,
                 "layers": one.layers,
@@ -151,13 +218,14 @@ def provenance(
 
 
 def _entry(one: Ingredient) -> dict[str, str]:
-    return {
+    entry = {
         "name": one.name,
         "kind": one.kind,
         "licence": one.licence or "unknown",
         "attribution": one.attribution,
         "used_for": "generator",
     }
+    return entry | ({"sha256": one.sha256} if one.sha256 else {})
 
 
 def _distinct(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -169,7 +237,7 @@ def _parsed(text: str) -> Any:
     if text[:1] in ("{", "["):
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
     return text
 

@@ -99,8 +99,10 @@ class TensorFile:
                 header = json.loads(stream.read(length))
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:
-            raise WeightsError(f"{path} is no safetensors file: its header {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise WeightsError(
+                f"{path} is no safetensors file: its header is no JSON ({error}); get it again"
+            ) from error
         try:
             metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
             entries = {n: Entry(one["dtype"], tuple(one["shape"])) for n, one in header.items()}
@@ -112,7 +114,10 @@ class TensorFile:
                 if not 0 <= start <= end or end - start != entries[name].bytes:
                     raise WeightsError(f"{path} is damaged: the place of {name} is not its size")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path} is no safetensors file: its header {error!r}") from error
+            raise WeightsError(
+                f"{path} is no safetensors file: its header is not the object of tensors with "
+                "dtype, shape and data_offsets that it has to be; get it again"
+            ) from error
         needed = 8 + length + max((end for _, end in spans.values()), default=0)
         if size < needed:
             raise WeightsError(

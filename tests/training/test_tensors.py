@@ -82,9 +82,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
             "the place of a is not its",
         ),
         ({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}, "was cut: it has"),
-        ({"a": {"dtype": "F32"}}, "no safetensors file: its header KeyError"),
-        ({"a": 3}, "no safetensors file: its header TypeError"),
-        ([], "no safetensors file: its header TypeError"),
+        ({"a": {"dtype": "F32"}}, "no safetensors file: its header is not the object of"),
+        ({"a": 3}, "no safetensors file: its header is not the object of"),
+        ([], "no safetensors file: its header is not the object of"),
     ],
 )
 def test_a_header_that_lies(tmp_path, header, words):

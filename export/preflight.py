@@ -19,40 +19,42 @@ TensorRT here. Every rule has a test on a graph that is edited to break it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 import onnx
 from onnx import NodeProto, TensorProto
-from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from dermaflux.errors import EngineError
-from export import trt_attributes, trt_quantization
-from export.shapes import AXES
-from export.trt_graph import Finding, View, constant, label
+from export import trt_attributes, trt_quantization, trt_standard, trt_tensors
+from export.trt_data import faults
+from export.trt_graph import Finding, View, label
 from export.trt_profile import Profile
 from export.trt_support import TYPES, Support, support
 
 PROTOBUF_BYTES: Final = 2**31 - 1
-_INPUTS: Final = (TensorProto.FLOAT, TensorProto.INT64)
 _LEFTOVERS: Final = ("CastLike", "ConcatFromSequence", "SequenceAt", "SequenceConstruct",
                      "SequenceEmpty", "SplitToSequence")  # fmt: skip
 """What tracing without the optimizer leaves behind; CastLike builds, and hides a graph's types."""
 
 
 def check(
-    path: Path, version: str, profile: Profile | None = None, precision: str | None = None
+    path: Path,
+    version: str,
+    profile: Profile | None = None,
+    precision: str | None = None,
+    part: str | None = None,
 ) -> list[Finding]:
     """What keeps a graph from being built by a version of TensorRT, and notes; nothing of the
     first where it builds.
 
     With `profile`, whether it covers the graph's inputs; with `precision`, whether the graph is
-    quantized as that says.
+    quantized as that says; with `part`, whether it has all inputs and outputs of that part.
 
     Raises:
         EngineError: the version is not known.
     """
-    return check_versions(path, [version], profile, precision)[version]
+    return check_versions(path, [version], profile, precision, part)[version]
 
 
 def check_versions(
@@ -60,6 +62,7 @@ def check_versions(
     versions: Sequence[str],
     profile: Profile | None = None,
     precision: str | None = None,
+    part: str | None = None,
 ) -> dict[str, list[Finding]]:
     """`check` for several versions: the graph is read once."""
     facts = {version: support(version) for version in versions}
@@ -71,8 +74,8 @@ def check_versions(
             found = [Finding("file", path.name, str(error))]
     if found:
         return dict.fromkeys(versions, found)
-    common = [*_external(graph), *_functions(graph), *_leftovers(graph), *_attributes(graph)]
-    common += _tensors(graph)
+    common = [*_data(graph), *_functions(graph), *_leftovers(graph), *_attributes(graph)]
+    common += [*trt_tensors.check(graph, part), *trt_standard.check(graph)]
     if not any(finding.rule == "data" for finding in common):
         common += trt_quantization.check(graph, precision)
     if profile is not None:
@@ -95,28 +98,11 @@ def _files(path: Path) -> Iterator[Finding]:
         )
 
 
-def _external(graph: View) -> Iterator[Finding]:
-    """Weights beside the graph: there, inside its folder, and as long as they are said to be."""
-    for name, weight in graph.weights.items():
-        if not uses_external_data(weight):
-            continue
-        info = ExternalDataInfo(weight)
-        place = PurePosixPath(info.location)
-        if place.is_absolute() or ".." in place.parts:
-            yield Finding("data", name, f"lies at {info.location!r}, outside of the graph's folder")
-            continue
-        file = graph.path.parent / place
-        if not file.is_file():
-            yield Finding("data", name, f"{file} is missing; export the bundle anew")
-            continue
-        end = (info.offset or 0) + (info.length or 0)
-        if end > file.stat().st_size:
-            yield Finding(
-                "data",
-                name,
-                f"ends at byte {end} of {file.name}, which has {file.stat().st_size}; export the "
-                "bundle anew",
-            )
+def _data(graph: View) -> Iterator[Finding]:
+    """Weights, in the graph and beside it, are there and as long as their shapes need."""
+    for name, tensor in graph.tensors():
+        for message in faults(tensor, graph.path.parent):
+            yield Finding("data", name, message)
 
 
 def _opsets(graph: View, facts: Support) -> Iterator[Finding]:
@@ -157,7 +143,7 @@ def _leftovers(graph: View) -> Iterator[Finding]:
             yield Finding(
                 "leftover", label(node), "is left from tracing; the exporter must resolve it"
             )
-        elif node.op_type == "Transpose" and constant(graph, node.input[0]):
+        elif node.op_type == "Transpose" and node.input[0] in graph.constants:
             yield Finding(
                 "leftover",
                 label(node),
@@ -174,36 +160,35 @@ def _attributes(graph: View) -> Iterator[Finding]:
 
 
 def _types(graph: View, facts: Support) -> Iterator[Finding]:
-    for name, weight in graph.weights.items():
-        if weight.data_type not in TYPES:
-            yield Finding("type", name, _no_type(weight.data_type))
+    for name, tensor in graph.tensors():
+        if tensor.data_type not in TYPES:
+            yield Finding("type", name, _no_type(tensor.data_type))
     doubles = {n for n, w in graph.weights.items() if w.data_type not in TYPES}
-    for node in graph.model.graph.node:
+    for node in graph.nodes():
         taken = facts.operators.get(node.op_type)
         if node.domain not in ("", "ai.onnx") or not taken:
             continue
-        for tensor in _data(graph, node):
-            kind = graph.type(tensor)
-            if kind == 0 or tensor in doubles:
+        for given in _main(graph, node):
+            kind = graph.type(given)
+            if kind == 0 or given in doubles:
                 continue
             if kind not in TYPES:
-                yield Finding("type", label(node), f"{tensor}: {_no_type(kind)}")
+                yield Finding("type", label(node), f"{given}: {_no_type(kind)}")
             elif TYPES[kind] not in taken:
                 yield Finding(
                     "type",
                     label(node),
-                    f"{tensor} is {TYPES[kind]}; TensorRT takes {', '.join(sorted(taken))}",
+                    f"{given} is {TYPES[kind]}; TensorRT takes {', '.join(sorted(taken))}",
                 )
 
 
-def _data(graph: View, node: NodeProto) -> list[str]:
+def _main(graph: View, node: NodeProto) -> list[str]:
     """The inputs that a node's types in the matrix speak of: not its shapes, axes and indices.
 
     They are those of the schema's type of the output, or, where that stands alone, of the input.
     """
-    opset = next(o.version for o in graph.model.opset_import if o.domain in ("", "ai.onnx"))
     try:
-        schema = onnx.defs.get_schema(node.op_type, opset, "")
+        schema = onnx.defs.get_schema(node.op_type, graph.opset, "")
     except onnx.defs.SchemaError:
         return []
     if not schema.inputs:
@@ -219,33 +204,11 @@ def _data(graph: View, node: NodeProto) -> list[str]:
 
 
 def _no_type(kind: int) -> str:
-    name = TensorProto.DataType.Name(kind)
+    known = kind in TensorProto.DataType.values()
+    name = TensorProto.DataType.Name(kind) if known else f"type {kind}"
     if kind == TensorProto.DOUBLE:
         return "DOUBLE; TensorRT computes none. Compute it in FLOAT"
     return f"{name}; TensorRT has no such type"
-
-
-def _tensors(graph: View) -> Iterator[Finding]:
-    """Inputs and outputs by the names of a bundle, and in the two types that everything takes."""
-    weights = set(graph.weights)
-    for kind, values in (
-        ("input", [v for v in graph.model.graph.input if v.name not in weights]),
-        ("output", list(graph.model.graph.output)),
-    ):
-        for value in values:
-            if value.name not in AXES:
-                yield Finding(
-                    "name",
-                    value.name,
-                    f"is no {kind} of a bundle; known are {', '.join(AXES)}. Name it when tracing",
-                )
-            if graph.type(value.name) not in _INPUTS:
-                yield Finding(
-                    "type",
-                    value.name,
-                    f"the {kind} is {TYPES.get(graph.type(value.name), '?')}; inputs and outputs "
-                    "are FP32 or INT64 whatever is inside",
-                )
 
 
 def _profile(graph: View, profile: Profile) -> Iterator[Finding]:

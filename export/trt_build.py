@@ -2,7 +2,7 @@
 
 The network is strongly typed: TensorRT computes in the types and the quantization that the graph
 says, and in no other. What it made of them is counted in the finished plan by its inspector, and a
-plan that is called int8 or fp8 and holds no such layer is not written.
+plan that has no int8 or fp8 layer, of a graph with products in them, is not written.
 
 A build holds weights and plan in memory, about three times the graph's bytes.
 
@@ -28,6 +28,7 @@ from dermaflux.engines.trt_plan import SCHEMA, Hardware, Sidecar, write_sidecar
 from dermaflux.errors import Cancelled, EngineError
 from export.trt_api import Builder, IBuilderConfig, INetworkDefinition, TensorRT
 from export.trt_profile import Profile
+from export.trt_quantization import both_factors
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,8 @@ def _inspect(
     inspector = engine.create_engine_inspector()
     information = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     layers, quantized = count_layers(information, _QUANTIZED.get(job.precision))
-    if job.precision in _QUANTIZED and quantized == 0:
+    # Where the weights alone are in 8 bits, as T5's, no layer need compute in them.
+    if job.precision in _QUANTIZED and quantized == 0 and both_factors(job.onnx):
         raise EngineError(
             f"TensorRT built {job.part} and none of its {layers} layers is in {job.precision}: it "
             f"runs in high precision. {job.plan} is not written"

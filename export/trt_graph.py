@@ -18,10 +18,11 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from dermaflux.errors import EngineError
+from export.trt_data import faults
 
 Shape = tuple[int | str | None, ...]
 _VALUES = 1 << 20
@@ -44,15 +45,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class View:
-    """A model, and by name what makes, takes, types and shapes its tensors."""
+    """A model, and by name what makes, takes, types and shapes its tensors, those of subgraphs too.
+
+    `light` is the model without large weights; `constants` are the weights and all that is
+    computed of them alone.
+    """
 
     path: Path
     model: ModelProto
+    light: ModelProto
     weights: Mapping[str, TensorProto]
     makers: Mapping[str, NodeProto]
     takers: Mapping[str, list[NodeProto]]
     types: Mapping[str, int]
     shapes: Mapping[str, Shape]
+    constants: frozenset[str]
+    opset: int
 
     @classmethod
     def open(cls, path: Path) -> View:
@@ -61,40 +69,59 @@ class View:
         Raises:
             EngineError: it is not an ONNX graph, or its types contradict each other.
         """
-        try:
-            model = onnx.load(str(path), load_external_data=False)
-        except (OSError, DecodeError) as error:
-            raise EngineError(f"{path} is not a graph that ONNX reads: {_line(error)}") from error
+        model = read(path)
         light = _light(model, path.parent)
         try:
             typed = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
-        except (onnx.shape_inference.InferenceError, ValueError) as error:
-            raise EngineError(f"{path} contradicts itself: {_line(error)}") from error
+        except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+            raise EngineError(f"{path} contradicts itself: {line(error)}") from error
         graph = model.graph
-        if not graph.output or not model.opset_import:
+        opsets = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+        if not graph.output or not opsets:
             raise EngineError(f"{path} holds no graph")
-        values = (*typed.graph.value_info, *graph.input, *graph.output)
-        weights = {weight.name: weight for weight in graph.initializer}
-        makers = {output: node for node in graph.node for output in node.output}
+        values = [v for g in _graphs(typed.graph) for v in (*g.value_info, *g.input, *g.output)]
+        weights = {weight.name: weight for g in _graphs(graph) for weight in g.initializer}
+        makers: dict[str, NodeProto] = {}
         takers: dict[str, list[NodeProto]] = {}
-        for node in graph.node:
+        constants = set(weights)
+        for node in _nodes(graph):
+            makers.update(dict.fromkeys(node.output, node))
             for name in node.input:
                 takers.setdefault(name, []).append(node)
+            given = [name for name in node.input if name]
+            inner = any(item.HasField("g") or item.graphs for item in node.attribute)
+            known = given and constants.issuperset(given) and not inner
+            if node.op_type == "Constant" or known:
+                constants.update(node.output)
+        types = {v.name: v.type.tensor_type.elem_type for v in values}
+        for node in _nodes(graph):
+            # What inference does not reach: it leaves bodies of subgraphs as they are.
+            types |= {name: _says(node) for name in node.output[:1] if not types.get(name)}
         return cls(
             path,
             model,
+            light,
             weights,
             makers,
             takers,
-            {v.name: v.type.tensor_type.elem_type for v in values}
-            | {name: weight.data_type for name, weight in weights.items()},
-            {v.name: _shape(v) for v in values}
+            types | {name: weight.data_type for name, weight in weights.items()},
+            {v.name: _shape(v) for v in values if v.type.tensor_type.HasField("shape")}
             | {name: tuple(weight.dims) for name, weight in weights.items()},
+            frozenset(constants),
+            opsets[0],
         )
 
     def nodes(self) -> Iterator[NodeProto]:
         """All nodes, those of subgraphs too."""
         yield from _nodes(self.model.graph)
+
+    def tensors(self) -> Iterator[tuple[str, TensorProto]]:
+        """All numbers that the model holds, by name: weights, and those that nodes are given."""
+        yield from self.weights.items()
+        for node in self.nodes():
+            for item in node.attribute:
+                for tensor in (*([item.t] if item.HasField("t") else ()), *item.tensors):
+                    yield label(node), tensor
 
     def type(self, tensor: str) -> int:
         """ONNX's number of a tensor's type; 0 where it is not known."""
@@ -122,6 +149,18 @@ class View:
                 return None
         array = numpy_helper.to_array(weight)
         return array.astype(np.int64 if array.dtype.kind in "iub" else np.float32)
+
+
+def read(path: Path) -> ModelProto:
+    """Parse a graph, without its external weights.
+
+    Raises:
+        EngineError: it is not an ONNX graph.
+    """
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise EngineError(f"{path} is not a graph that ONNX reads: {line(error)}") from error
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
@@ -159,6 +198,8 @@ def _light(model: ModelProto, folder: Path) -> ModelProto:
         heavy = len(weight.raw_data) > _VALUES or int(np.prod(weight.dims)) > _VALUES
         if not heavy and uses_external_data(weight):
             heavy = not _load(weight, folder)
+        # Inference would read past its end.
+        heavy = heavy or any(faults(weight, folder))
         if heavy:
             if weight.name not in inputs:
                 light.graph.input.append(
@@ -170,6 +211,8 @@ def _light(model: ModelProto, folder: Path) -> ModelProto:
 
 def _load(weight: TensorProto, folder: Path) -> bool:
     """Read an external weight into itself; whether it could be."""
+    if any(faults(weight, folder)):
+        return False
     try:
         load_external_data_for_tensor(weight, str(folder))
     # A file that is missing, short or elsewhere is a finding of its own, by its name.
@@ -180,12 +223,25 @@ def _load(weight: TensorProto, folder: Path) -> bool:
     return True
 
 
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
     for node in graph.node:
-        yield node
         for item in node.attribute:
-            if item.type == AttributeProto.GRAPH:
-                yield from _nodes(item.g)
+            for inner in (*([item.g] if item.HasField("g") else ()), *item.graphs):
+                yield from _graphs(inner)
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    for one in _graphs(graph):
+        yield from one.node
+
+
+def _says(node: NodeProto) -> int:
+    """The type that a node itself gives its output; 0 where it does not."""
+    if node.op_type == "Cast":
+        return int(attribute(node, "to", 0))
+    value = attribute(node, "value") if node.op_type == "Constant" else None
+    return value.data_type if isinstance(value, TensorProto) else 0
 
 
 def _shape(value: onnx.ValueInfoProto) -> Shape:
@@ -193,5 +249,6 @@ def _shape(value: onnx.ValueInfoProto) -> Shape:
     return tuple(a.dim_value if a.HasField("dim_value") else a.dim_param or None for a in axes)
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """The first line of an error of ONNX, which may have many."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

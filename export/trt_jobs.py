@@ -15,9 +15,11 @@ from dermaflux.errors import EngineError
 from export.shapes import Size
 from export.trt_build import Flags, Job
 from export.trt_profile import profile, variant
+from export.trt_quantization import both_factors
 
 ORDER: Final = ("fp8", "int8", "bf16", "fp16", "fp32")
 """Best first, of those that a part has and the GPU computes in."""
+_QUANTIZED: Final = ("fp8", "int8")
 CAPABILITY: Final[Mapping[str, tuple[int, int]]] = {"fp8": (8, 9), "bf16": (8, 0), "int8": (7, 5)}
 """Precision -> the first compute capability that TensorRT computes it on."""
 
@@ -49,7 +51,7 @@ def plan_jobs(
 
     Raises:
         BundleError: a size is outside of the bundle's limits.
-        EngineError: no such precision of a part, or the GPU lacks it.
+        EngineError: no such precision of a part, the GPU lacks it, or a file is no ONNX graph.
     """
     jobs = []
     shapes: Sequence[Size | None] = list(sizes) or [None]
@@ -75,9 +77,14 @@ def plan_jobs(
 
 
 def _best(bundle: Bundle, part: str, hardware: Hardware) -> str:
+    """The fastest. A file whose weights alone are in 8 bits, as T5's, is not: its products run in
+    high precision, of weights that lost some."""
     files = bundle.parts[part].files
     usable = [p for p in ORDER if p in files and _number(hardware.capability) >= _least(p)]
-    return usable[0] if usable else next(iter(files))
+    for precision in usable:
+        if precision not in _QUANTIZED or both_factors(bundle.file(files[precision].path)):
+            return precision
+    return (usable or list(files))[0]
 
 
 def _require(precision: str, hardware: Hardware) -> None:

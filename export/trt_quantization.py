@@ -14,17 +14,20 @@ import of QuantizeLinear in the sources of project onnx/onnx-tensorrt for 10.15.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
-from export.trt_graph import Finding, View, attribute, label
+from export.trt_graph import Finding, View, attribute, label, read
 from export.trt_support import TYPES
 
 PRODUCTS: Final = ("MatMul", "Gemm", "Conv")
+FACTORS: Final[Mapping[str, int]] = {**dict.fromkeys(PRODUCTS, 2), "Attention": 3}
+"""Operator -> how many of its inputs, from the first, it multiplies."""
 _EIGHT_BITS: Final = (TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
 _SCALES: Final = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _PRECISIONS: Final = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
@@ -34,17 +37,17 @@ def check(graph: View, precision: str | None = None) -> list[Finding]:
     """What is wrong with a graph's quantization; nothing where there is none, unless `precision`
     is `int8` or `fp8` and none of its products is in it."""
     found: list[Finding] = []
-    for node in graph.model.graph.node:
+    for node in graph.nodes():
         if node.domain not in ("", "ai.onnx"):
             continue
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             found += [Finding("quantization", label(node), m) for m in _pair(graph, node)]
-        elif node.op_type in PRODUCTS:
+        elif node.op_type in FACTORS:
             found += [Finding("quantization", label(node), m) for m in _product(graph, node)]
     found += _weight_only(graph)
     if precision in _PRECISIONS:
         wanted = _PRECISIONS[precision]
-        products = [n for n in graph.model.graph.node if n.op_type in PRODUCTS]
+        products = [n for n in graph.nodes() if n.op_type in PRODUCTS]
         if not any(_kind(graph, node.input[1]) == wanted for node in products):
             found.append(
                 Finding(
@@ -54,6 +57,19 @@ def check(graph: View, precision: str | None = None) -> list[Finding]:
                 )
             )
     return found
+
+
+def both_factors(path: Path) -> int:
+    """How many products of a graph are done in 8 bits: all of their factors are dequantized.
+
+    Layers whose weights alone are in 8 bits run in high precision, and are not counted.
+
+    Raises:
+        EngineError: it is not an ONNX graph.
+    """
+    nodes = read(path).graph.node
+    made = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    return sum(node.op_type in FACTORS and made.issuperset(_factors(node)) for node in nodes)
 
 
 def _pair(graph: View, node: NodeProto) -> Iterator[str]:
@@ -67,6 +83,8 @@ def _pair(graph: View, node: NodeProto) -> Iterator[str]:
         yield f"{quantized} is {name}; TensorRT takes INT8 and FP8{hint}"
     if attribute(node, "block_size", 0):
         yield f"block_size {attribute(node, 'block_size')}; INT8 and FP8 have scales per axis only"
+    if not quantize:
+        yield from _placed(graph, node)
     scale = graph.values(node.input[1])
     if scale is None:
         yield f"its scale {node.input[1]} is computed; a static scale is a constant"
@@ -107,6 +125,29 @@ def _scale(graph: View, node: NodeProto, scale: NDArray[Any]) -> Iterator[str]:
             yield f"has {scale.size} scales for {shape[axis]} channels of axis {axis}"
 
 
+def _placed(graph: View, node: NodeProto) -> Iterator[str]:
+    """What is dequantized was a weight or quantized just before, and is multiplied at once.
+
+    With anything between, TensorRT computes that and the product in high precision.
+    """
+    source, output = node.input[0], node.output[0]
+    maker = graph.makers.get(source)
+    if source not in graph.constants and (maker is None or maker.op_type != "QuantizeLinear"):
+        yield f"takes {source}, which is neither a weight nor quantized just before"
+    takers = graph.takers.get(output, [])
+    if output in {value.name for value in graph.model.graph.output}:
+        yield "is an output of the graph; only a product takes what is dequantized"
+    elif not takers:
+        yield "goes into nothing; only a product takes what is dequantized"
+    for taker in takers:
+        factors = _factors(taker)
+        if output not in factors or output in list(taker.input)[len(factors) :]:
+            yield (
+                f"goes into {label(taker)}, which does not multiply it; a product behind that "
+                f"runs in high precision. It belongs right before one of {', '.join(FACTORS)}"
+            )
+
+
 def _followed(graph: View, node: NodeProto, scale: NDArray[Any]) -> Iterator[str]:
     """What is quantized is dequantized at once, by the same scale: else there is no pair."""
     takers = graph.takers.get(node.output[0], [])
@@ -122,8 +163,16 @@ def _followed(graph: View, node: NodeProto, scale: NDArray[Any]) -> Iterator[str
 
 
 def _product(graph: View, node: NodeProto) -> Iterator[str]:
-    """Both factors in 8 bits of one kind, or the weights alone, or none."""
-    kinds = [_kind(graph, name) for name in node.input[:2]]
+    """All factors in 8 bits of one kind, or the weights alone, or none."""
+    kinds = [_kind(graph, name) for name in _factors(node)]
+    if len(kinds) < FACTORS[node.op_type]:
+        return
+    if node.op_type == "Attention":
+        if len(set(kinds)) > 1:
+            yield "has factors of several kinds; query, key and value are of one, in 8 bits or high"
+        return
+    if kinds[1] and not kinds[0] and not _weight(graph, graph.makers[node.input[1]].input[0]):
+        yield f"{node.input[0]} is not quantized, the other factor is, and is no weight"
     if kinds[0] and not kinds[1]:
         yield f"{node.input[1]} is not quantized, the other factor is; that saves nothing"
     if 0 in kinds:
@@ -154,7 +203,7 @@ def _product(graph: View, node: NodeProto) -> Iterator[str]:
 
 def _weight_only(graph: View) -> Iterator[Finding]:
     """Weights in 8 bits and activations not: smaller, not faster, and it builds."""
-    products = [node for node in graph.model.graph.node if node.op_type in PRODUCTS]
+    products = [node for node in graph.nodes() if node.op_type in PRODUCTS]
     alone = [
         node for node in products if not _kind(graph, node.input[0]) and _kind(graph, node.input[1])
     ]
@@ -175,6 +224,11 @@ def _channel(node: NodeProto, rank: int) -> int:
     if node.op_type == "Gemm":
         return 0 if attribute(node, "transB", 0) else 1
     return rank - 1
+
+
+def _factors(node: NodeProto) -> list[str]:
+    """The inputs that a node multiplies; none where it is no product."""
+    return list(node.input)[: FACTORS.get(node.op_type, 0)]
 
 
 def _kind(graph: View, tensor: str) -> int:

@@ -27,6 +27,7 @@ from export.trt_build import Flags, build, count_layers
 from export.trt_jobs import plan_jobs
 from export.trt_names import TARGET, read_names
 from export.trt_profile import parse_size, profile
+from export.trt_quantization import both_factors
 from tests import fake_tensorrt
 from tests.fake_tensorrt import FakeNvml, FakeRuntime, FakeTensorRT
 from tests.tiny_bundle import write_bundle
@@ -202,6 +203,16 @@ def test_what_is_not_quantized_is_not_called_so(machine, exported, tmp_path):
     assert not job.plan.exists()
 
 
+def test_weights_alone_in_8_bits_need_no_quantized_layer(machine, exported, tmp_path):
+    """T5's int8 saves memory; TensorRT multiplies in high precision."""
+    jobs = plan_jobs(exported, machine.hardware, ["text_encoder_2"], ["int8"], [], _flags())
+    assert both_factors(jobs[0].onnx) == 0
+    machine.trt.fails = "quantize"
+    job = replace(jobs[0], plan=tmp_path / "t5.plan")
+    sidecar = build(machine.trt, job, machine.hardware, lambda *_: True)
+    assert (job.plan.is_file(), sidecar.quantized_layers) == (True, 0)
+
+
 def test_the_best_precision_of_a_part_is_chosen_by_the_gpu(exported):
     def chosen(capability: str) -> dict[str, str]:
         hardware = Hardware(capability, "11.4.0.106", "580")
@@ -211,6 +222,9 @@ def test_the_best_precision_of_a_part_is_chosen_by_the_gpu(exported):
     assert chosen("9.0")["transformer"] == "fp8"
     assert chosen("8.6")["transformer"] == "int8"
     assert chosen("9.0")["vae_decoder"] == "fp32"
+    # Its int8 has weights in 8 bits alone, which is no faster.
+    assert "int8" in exported.parts["text_encoder_2"].files
+    assert chosen("9.0")["text_encoder_2"] == "fp32"
     assert chosen("7.0")["transformer"] == "fp32"
     with pytest.raises(EngineError, match=r"int8 needs .* 7\.5 or newer; this one has 7\.0"):
         plan_jobs(exported, Hardware("7.0", "11.4", "5"), ["transformer"], ["int8"], [], _flags())

@@ -15,9 +15,10 @@ import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from dermaflux.bundle import Bundle
+from dermaflux.engines.parts import _PARTS
 from dermaflux.engines.trt_plan import Range
 from dermaflux.errors import EngineError
-from export import trt_support
+from export import trt_support, trt_tensors
 from export.compile import main
 from export.preflight import check, check_versions
 from export.trt_profile import profile
@@ -140,7 +141,7 @@ def test_our_graphs_pass_on_every_version_that_we_say(exported: Bundle):
         for precision, file in content.files.items():
             path = exported.file(file.path)
             asked = versions()[versions().index(OLDEST) :]
-            result = check_versions(path, asked, profile(exported, part), precision)
+            result = check_versions(path, asked, profile(exported, part), precision, part)
             refused = {v: [str(f) for f in r if f.refuses] for v, r in result.items()}
             assert not any(refused.values()), (part, precision, refused)
 
@@ -184,6 +185,76 @@ def _double_sum(model: ModelProto) -> None:
 
 def _turned_weight(model: ModelProto) -> None:
     between(model, "w", "Transpose", perm=[1, 0])
+
+
+def _turned_behind(*operators: str) -> Callable[[ModelProto], None]:
+    """A weight behind a Transpose, with others between the two."""
+
+    def edit(model: ModelProto) -> None:
+        put(model, weight("square", np.eye(8, dtype=np.float32)))
+        put(model, weight("first", np.array([0])))
+        put(model, weight("sizes", np.array([8, 8])))
+        by_name(model, "product").input[1] = tensor = "square"
+        for operator in operators:
+            more = {"Reshape": ["sizes"], "Unsqueeze": ["first"], "Squeeze": ["first"]}
+            node = between(model, tensor, operator)
+            node.input.extend(more.get(operator, []))
+            tensor = node.output[0]
+        between(model, tensor, "Transpose", perm=[1, 0])
+        for name in ("weights", "quantize", "dequantize"):
+            model.graph.node.remove(by_name(model, name))
+        by_name(model, "product").input[0] = "normed"
+
+    return edit
+
+
+def _branch(*nodes: NodeProto, weights: Any = ()) -> Callable[[ModelProto], None]:
+    """An If whose first branch takes `normed` and gives `branch`."""
+
+    def edit(model: ModelProto) -> None:
+        value = helper.make_tensor_value_info
+        taken = [value("branch", TensorProto.FLOAT, None)]
+        other = [value("other", TensorProto.FLOAT, None)]
+        same = helper.make_node("Identity", ["normed"], ["other"])
+        put(model, weight("condition", np.array(True)))
+        between(model, "normed", "If").input[0] = "condition"
+        node = by_name(model, "normed_If")
+        first = helper.make_graph(list(nodes), "then", [], taken, list(weights))
+        second = helper.make_graph([same], "else", [], other)
+        node.attribute.append(helper.make_attribute("then_branch", first))
+        node.attribute.append(helper.make_attribute("else_branch", second))
+
+    return edit
+
+
+_double_in_a_branch = _branch(
+    helper.make_node("Cast", ["normed"], ["wide"], "widen", to=TensorProto.DOUBLE),
+    helper.make_node("Sqrt", ["wide"], ["root"], "root"),
+    helper.make_node("Cast", ["root"], ["branch"], "narrow", to=TensorProto.FLOAT),
+)
+_double_weight_in_a_branch = _branch(
+    helper.make_node("Cast", ["one"], ["narrow"], "narrow", to=TensorProto.FLOAT),
+    helper.make_node("Mul", ["normed", "narrow"], ["branch"], "times"),
+    weights=[weight("one", np.float64(1))],
+)
+_double_constant_in_a_branch = _branch(
+    helper.make_node("Constant", [], ["one"], "one", value=weight("one", np.float64(1))),
+    helper.make_node("Cast", ["one"], ["narrow"], "narrow", to=TensorProto.FLOAT),
+    helper.make_node("Mul", ["normed", "narrow"], ["branch"], "times"),
+)
+_turned_in_a_branch = _branch(
+    helper.make_node("Transpose", ["inner"], ["turned_inner"], "turn_inner", perm=[1, 0]),
+    helper.make_node("MatMul", ["normed", "turned_inner"], ["branch"], "times"),
+    weights=[weight("inner", np.eye(8, dtype=np.float32))],
+)
+
+
+def _output_of_another_part(model: ModelProto) -> None:
+    model.graph.output[0].name = by_name(model, "add").output[0] = "sample"
+
+
+def _input_of_another_part(model: ModelProto) -> None:
+    model.graph.input[1].name = by_name(model, "sine").input[0] = "latent_sample"
 
 
 def _output_name(model: ModelProto) -> None:
@@ -241,6 +312,16 @@ def _wrong_type(model: ModelProto) -> None:
         (_double_table, "type", "cos: DOUBLE; TensorRT computes none"),
         (_double_sum, "type", "DOUBLE"),
         (_turned_weight, "leftover", "turns the weight w;"),
+        (_turned_behind("Identity"), "leftover", "turns the weight square_Identity;"),
+        (_turned_behind("Reshape"), "leftover", "turns the weight"),
+        (_turned_behind("Unsqueeze", "Squeeze"), "leftover", "turns the weight"),
+        (_turned_behind("Neg", "Identity"), "leftover", "turns the weight"),
+        (_turned_in_a_branch, "leftover", "Transpose turn_inner: turns the weight inner"),
+        (_double_in_a_branch, "type", "Sqrt root: wide: DOUBLE"),
+        (_double_weight_in_a_branch, "type", "one: DOUBLE"),
+        (_double_constant_in_a_branch, "type", "one: DOUBLE"),
+        (_output_of_another_part, "name", "sample: is no output of transformer; it has out_hidden"),
+        (_input_of_another_part, "name", "hidden_states, latent_sample: are inputs of no one part"),
         (_output_name, "name", "linear_503: is no output of a bundle"),
         (_input_name, "name", "arg_7: is no input of a bundle"),
         (_half_output, "type", "the output is FP16"),
@@ -257,6 +338,54 @@ def test_what_the_parser_refuses_is_found(tmp_path, edit, rule, words):
     edit(model)
     lines = [line for line in found(model, tmp_path) if line.startswith(f"{rule}: ")]
     assert any(re.search(words, line) for line in lines), found(model, tmp_path)
+
+
+def test_a_branch_that_is_sound_passes(tmp_path):
+    model = graph()
+    _branch(helper.make_node("Relu", ["normed"], ["branch"]))(model)
+    assert found(model, tmp_path, profile=PROFILE, precision="int8") == []
+
+
+def test_names_are_those_of_the_part(tmp_path, exported: Bundle):
+    for part, content in exported.parts.items():
+        names = trt_tensors.PARTS[part]
+        assert {tensor.name for tensor in content.inputs} == set(names.inputs)
+        assert {tensor.name for tensor in content.outputs} == set(names.outputs)
+    for part, module in _PARTS.items():
+        ours = trt_tensors.PARTS[part]
+        assert (ours.inputs, ours.outputs) == (module.inputs, module.outputs)
+    path = exported.file(exported.parts["text_encoder_2"].files["fp32"].path)
+    lines = [str(f) for f in check(path, NEW, part="text_encoder")]
+    assert lines == ["name: pooler_output: is an output of text_encoder, and the graph has none"]
+    lines = [str(f) for f in check(path, NEW, part="vae_decoder")]
+    assert "name: last_hidden_state: is no output of vae_decoder; it has sample" in lines
+
+
+# --- what is no ONNX --------------------------------------------------------------------------
+
+
+def _old_opset(version: int) -> Callable[[ModelProto], None]:
+    def edit(model: ModelProto) -> None:
+        model.opset_import[0].version = version
+
+    return edit
+
+
+def _half_by_float(model: ModelProto) -> None:
+    put(model, weight("half", np.eye(8, dtype=np.float16)))
+    by_name(model, "product").input[1] = "half"
+    for name in ("weights", "quantize", "dequantize"):
+        model.graph.node.remove(by_name(model, name))
+    by_name(model, "product").input[0] = "normed"
+
+
+def _third_factor(model: ModelProto) -> None:
+    by_name(model, "product").input.append("norm")
+
+
+def _sparse(model: ModelProto) -> None:
+    tensors = weight("thin", np.ones(1, np.float32)), weight("places", np.zeros(1, np.int64))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(*tensors, [3]))
 
 
 def test_a_newer_version_takes_a_newer_opset(tmp_path):
@@ -340,6 +469,43 @@ def test_attributes_beyond_the_matrix_are_found(tmp_path, edit, words):
     edit(model)
     lines = [line for line in found(model, tmp_path) if line.startswith(("attribute", "file"))]
     assert any(line.startswith("attribute") and words in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (_old_opset(22), "opset 22 has no Attention"),
+        (_half_by_float, "its B is float16 and its A float"),
+        (_third_factor, "input size 3"),
+        (_attribute("centre", "foo", 1), "has an attribute 'foo'"),
+        (_attribute("join", "foo", 1), "Unrecognized attribute: foo"),
+        (_sparse, "thin: is a sparse weight"),
+    ],
+)
+def test_what_the_standard_forbids_is_found(tmp_path, edit, words):
+    """Whatever the graph says of its tensors, it says nothing here."""
+    model = graph()
+    del model.graph.value_info[:]
+    edit(model)
+    lines = [line for line in found(model, tmp_path) if line.startswith("standard: ")]
+    assert any(words in line for line in lines), found(model, tmp_path)
+
+
+@pytest.mark.parametrize("version", [13, 18])
+def test_an_opset_without_fp8_is_found(tmp_path, version):
+    """Only quantization is left of the graph: the rest came later."""
+    model = graph(FP8)
+    kept = {"quantize", "dequantize", "weights", "product"}
+    for node in list(model.graph.node):
+        if node.name not in kept:
+            model.graph.node.remove(node)
+    by_name(model, "quantize").input[0] = "hidden_states"
+    by_name(model, "product").output[0] = "out_hidden_states"
+    del model.graph.input[1:]
+    assert found(model, tmp_path) == []
+    _old_opset(version)(model)
+    lines = found(model, tmp_path)
+    assert any("DequantizeLinear weights: its x is float8e4m3fn" in line for line in lines), lines
 
 
 def test_a_resize_that_tensorrt_takes_is_no_finding(tmp_path):
@@ -431,6 +597,59 @@ def _gemm(axis: int) -> Callable[[ModelProto], None]:
     return edit
 
 
+def _behind(tensor: str, operator: str, **attributes: Any) -> Callable[[ModelProto], None]:
+    def edit(model: ModelProto) -> None:
+        between(model, tensor, operator, **attributes)
+
+    return edit
+
+
+def _pair_behind_a_product(model: ModelProto) -> None:
+    """What comes out of a product is rounded, and no product takes that."""
+    names = ["x_scale", "x_zero"]
+    for node in model.graph.node:
+        node.input[:] = ["rounded" if name == "product" else name for name in node.input]
+    at = list(model.graph.node).index(by_name(model, "product")) + 1
+    for name, source, output in (
+        ("Dequantize", "product_q", "rounded"),
+        ("Quantize", "product", "product_q"),
+    ):
+        node = helper.make_node(f"{name}Linear", [source, *names], [output], f"late_{name}")
+        model.graph.node.insert(at, node)
+
+
+def _dequantized_output(model: ModelProto) -> None:
+    node = by_name(model, "dequantize")
+    by_name(model, "add").output[0] = "lost"
+    node.output[0] = by_name(model, "product").input[0] = "out_hidden_states"
+
+
+def _not_quantized_before(model: ModelProto) -> None:
+    node = by_name(model, "quantize")
+    node.op_type = "Cast"
+    del node.input[1:]
+    node.attribute.append(helper.make_attribute("to", TensorProto.INT8))
+
+
+def _factors(*places: int) -> Callable[[ModelProto], None]:
+    """Some of what attention multiplies is in 8 bits."""
+
+    def edit(model: ModelProto) -> None:
+        node = by_name(model, "attend")
+        at = list(model.graph.node).index(node)
+        for place in places:
+            source, names = node.input[place], ["x_scale", "x_zero"]
+            node.input[place] = f"f{place}"
+            pair = [
+                helper.make_node("QuantizeLinear", [source, *names], [f"q{place}"], f"fq{place}"),
+                helper.make_node("DequantizeLinear", [f"q{place}", *names], [f"f{place}"]),
+            ]
+            for one in reversed(pair):
+                model.graph.node.insert(at, one)
+
+    return edit
+
+
 SCALES = np.full(8, 0.02, np.float32)
 
 
@@ -459,6 +678,16 @@ SCALES = np.full(8, 0.02, np.float32)
         (_wrong_axis, "those of the output channels are along axis 1"),
         (_gemm(1), "those of the output channels are along axis 0"),
         (_mixed, "multiplies INT8 by FP8"),
+        (_behind("x", "Relu"), "goes into Relu x_Relu, which does not multiply it"),
+        (_behind("x", "Transpose", perm=[0, 1, 2]), "goes into Transpose x_Transpose"),
+        (_behind("x", "Softmax"), "goes into Softmax x_Softmax"),
+        (_behind("x", "Identity"), "goes into Identity x_Identity"),
+        (_behind("w", "Neg"), "goes into Neg w_Neg"),
+        (_pair_behind_a_product, "goes into Reshape split, which does not multiply it"),
+        (_one_factor, "DequantizeLinear dequantize: goes into nothing"),
+        (_dequantized_output, "is an output of the graph"),
+        (_not_quantized_before, "takes x_q, which is neither a weight nor quantized"),
+        (_factors(0, 1), "Attention attend: has factors of several kinds"),
         (_half_scale, "quantizes FP32 with a scale in FP16"),
     ],
 )
@@ -478,6 +707,12 @@ def test_weights_alone_in_8_bits_are_a_note(tmp_path):
     notes = check(tmp_path / "model.onnx", NEW, PROFILE, "int8")
     assert [(f.rule, f.refuses) for f in notes] == [("weight-only", False)]
     assert main(["--check", str(tmp_path / "model.onnx")]) == 0
+
+
+def test_attention_in_8_bits_passes(tmp_path):
+    model = graph()
+    _factors(0, 1, 2)(model)
+    assert found(model, tmp_path) == []
 
 
 def test_scales_along_the_output_channels_of_turned_weights_pass(tmp_path):
@@ -576,6 +811,70 @@ def test_missing_short_and_outlying_weights_are_found(tmp_path):
         assert any(f"lies at {place!r}, outside" in f.message for f in check(path, NEW))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("length", "4", "says 4 bytes and its shape needs"),
+        ("length", "9999", "ends at byte"),
+        ("length", "-4", "has the length '-4'"),
+        ("length", "x", "has the length 'x'"),
+        ("offset", "abc", "has the offset 'abc'"),
+        ("offset", "-4096", "has the offset '-4096'"),
+        ("offset", "1.5", "has the offset '1.5'"),
+        ("location", "", "lies at ''"),
+    ],
+)
+@pytest.mark.parametrize("name", ["norm", "heads"])
+def test_places_that_are_none_are_found(tmp_path, name, key, value, words):
+    """Of a weight that is looked at only by its shape, and of one that shapes are inferred from."""
+    path = _external(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(weight for weight in model.graph.initializer if weight.name == name)
+    next(entry for entry in tensor.external_data if entry.key == key).value = value
+    path.write_bytes(model.SerializeToString())
+    lines = [str(finding) for finding in check(path, NEW) if finding.refuses]
+    assert any(line.startswith(f"data: {name}: ") and words in line for line in lines), lines
+
+
+def test_without_a_length_the_rest_of_the_file_is_the_weight(tmp_path):
+    path = _external(tmp_path)
+    model = onnx.load(path, load_external_data=False)
+
+    def start(tensor: TensorProto) -> int:
+        return int({entry.key: entry.value for entry in tensor.external_data}.get("offset", 0))
+
+    first, *_, last = sorted((w for w in model.graph.initializer if w.external_data), key=start)
+    for tensor, sound in ((last, True), (first, False)):
+        length = next(entry for entry in tensor.external_data if entry.key == "length")
+        tensor.external_data.remove(length)
+        path.write_bytes(model.SerializeToString())
+        assert (check(path, NEW) == []) is sound
+
+
+def test_a_link_out_of_the_folder_is_found(tmp_path):
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    path = _external(folder)
+    data = folder / "model.onnx.data"
+    data.rename(tmp_path / "elsewhere")
+    data.symlink_to(tmp_path / "elsewhere")
+    found = [f for f in check(path, NEW) if f.rule == "data"]
+    assert found
+    assert all("a link to" in finding.message for finding in found)
+
+
+@pytest.mark.parametrize("name", ["w_q", "heads", "norm"])
+def test_short_numbers_in_the_graph_are_found(tmp_path, name):
+    model = graph()
+    tensor = next(weight for weight in model.graph.initializer if weight.name == name)
+    if tensor.HasField("raw_data"):
+        tensor.raw_data = tensor.raw_data[:-1]
+    else:
+        del tensor.int32_data[-1:]
+    lines = found(model, tmp_path)
+    assert any(line.startswith((f"data: {name}: ", "file: ")) for line in lines), lines
+
+
 def test_a_file_beyond_protobufs_limit_is_found(tmp_path):
     path = tmp_path / "model.onnx"
     with path.open("wb") as stream:
@@ -639,12 +938,32 @@ def test_the_command_checks_a_file(tmp_path, capsys):
     assert main(["--check", str(tmp_path / "model.onnx")]) == 1
 
 
+def test_a_file_is_checked_as_what_it_is_said_to_be(tmp_path, exported: Bundle):
+    onnx.save(graph(), tmp_path / "model.onnx")
+    file = ["--check", str(tmp_path / "model.onnx")]
+    assert main([*file, "--precision", "int8"]) == 0
+    assert main([*file, "--precision", "fp8"]) == 1
+    assert main([*file, "--parts", "transformer"]) == 1
+    for wrong in (["--precision", "int9"], ["--precision", "int8,fp8"], ["--parts", "unet"]):
+        assert main([*file, *wrong]) == 2
+    whole = exported.file(exported.parts["transformer"].files["fp32"].path)
+    assert main(["--check", str(whole), "--parts", "transformer"]) == 0
+
+
 def test_the_command_checks_a_bundle(exported: Bundle, capsys):
     assert main(["--check", str(exported.path), "--static", "64x64"]) == 0
     graphs = json.loads(capsys.readouterr().out)["graphs"]
     assert "transformer int8 64x64x1" in graphs
     assert main(["--check", str(exported.path), "--parts", "unet"]) == 2
-    assert main(["--check", str(exported.path / "none")]) == 1
+    for wrong in (
+        [str(exported.path / "none")],
+        [str(exported.path), "--precision", "int9"],
+        [str(exported.path), "--precision", "int8,int9"],
+        [str(exported.path), "--precision", "int8", "--parts", "text_encoder"],
+    ):
+        capsys.readouterr()
+        assert main(["--check", *wrong]) == 2
+        assert capsys.readouterr().out == ""
 
 
 def test_a_graph_of_another_size_than_the_limits_is_found(exported: Bundle):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from dermaflux.errors import DatasetError
 from dermaflux.thumbnails import Index
-from training import curate
+from training import curate, leaks
 from training.lora import corpus, held_out
 from training.lora.settings import Settings, SettingsError
 
@@ -72,6 +73,63 @@ def test_what_was_seen_serves_later_tests(
     seen.write_bytes(b"cut short")
     held_out.check(run, items)
     assert len(Index.load(seen)) == len(items)
+
+
+def test_an_index_of_what_files_were_before_is_not_used(
+    dataset: Path, leaking: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    run = settings(folder, tmp_path / "run")
+    items, _ = corpus.read(run, KNOWN)
+    held_out.check(run, items)
+    # Same name, another picture: one of the test.
+    shutil.copy(leaking / "strange.png", items[0].file)
+    changed, _ = corpus.read(run, KNOWN)
+    wrong = settings(folder, tmp_path / "run", split="test", held_out=(leaking,))
+    with pytest.raises(DatasetError, match=r"strange.png = .*/000.png \(near"):
+        held_out.check(wrong, changed)
+    # Same picture, whose patient is known now: one of the test's.
+    record = replace(items[1].record, group="patient 7")
+    grouped = [items[1], replace(items[2], record=record)]
+    held_out.check(wrong, grouped[:1])
+    rows = [{"file_name": "strange.png", "label": "malignant", "split": "test",
+             "group": "patient 7"}]  # fmt: skip
+    (leaking / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = [items[1], items[2]]
+    held_out.check(wrong, plain)
+    with pytest.raises(DatasetError, match="both are of group patient 7"):
+        held_out.check(wrong, grouped)
+
+
+def test_a_picture_that_cannot_be_read_does_not_make_the_index_anew(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "data")
+    run = settings(folder, tmp_path / "run")
+    items, _ = corpus.read(run, KNOWN)
+    whole = items[0].file.read_bytes()
+    items[0].file.write_bytes(whole[: len(whole) // 2])
+    items, _ = corpus.read(run, KNOWN)
+    held_out.check(run, items)
+    assert len(Index.load(run.out / held_out.SEEN)) == len(items) - 1
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(leaks, "look", never)
+    monkeypatch.setattr(leaks, "index", lambda *_: Index.load(run.out / held_out.SEEN))
+    monkeypatch.setattr(leaks, "refuse", lambda *_, **__: None)
+    held_out.check(run, items)
+
+
+def test_only_a_test_that_is_trained_on_is_given_up(
+    dataset: Path, leaking: Path, tmp_path: Path
+) -> None:
+    run = settings(dataset, tmp_path / "run", split="test")
+    items, _ = corpus.read(run, KNOWN)
+    held_out.check(run, items)
+    with pytest.raises(DatasetError, match="1 of 2 test pictures were seen by this training"):
+        held_out.check(replace(run, held_out=(leaking,)), items)
 
 
 def test_only_some_pictures(dataset: Path, tmp_path: Path) -> None:

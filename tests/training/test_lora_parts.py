@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from dermaflux import flow
 from dermaflux.dataset import Record
 from dermaflux.errors import DermaFluxError
 from dermaflux.flow import Schedule
-from training.lora import layers, objective, optimizers
+from training.lora import encode, layers, objective, optimizers
 from training.lora.corpus import Item, buckets, pixels, place
 from training.lora.draws import Draws, noise
 from training.lora.float8 import Float8Linear
@@ -242,6 +243,12 @@ def test_store_keeps_what_was_flushed_and_refuses_damage(tmp_path: Path) -> None
         Store(tmp_path / "s")
 
 
+def test_room_is_told_in_a_unit_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000))
+    with pytest.raises(DermaFluxError, match=r"needs 3\.1 MB more, and 2\.0 kB are free"):
+        encode._require_room(tmp_path, 3_100_000)
+
+
 def test_rate_rises_and_falls() -> None:
     settings = _settings(rate=1.0, warmup=10, steps=110)
     rates = [optimizers.rate(step, settings) for step in range(110)]
@@ -290,6 +297,8 @@ def test_missing_packages_and_wrong_values_are_said(monkeypatch: pytest.MonkeyPa
         ({"rank": 0}, "--rank 0 is out of range"),
         ({"turns": 3}, "--turns 3"),
         ({"balance": ("age",)}, "--balance 'age'"),
+        ({"balance": ("none", "label")}, "--balance none,label: 'none' goes with nothing else"),
+        ({"data": (Path("data"), Path("x/../data"))}, r"--data names .*/data twice"),
         ({"rate": math.nan}, "--rate nan"),
         ({"text_encoders": ("clip",)}, "--text-encoders 'clip'"),
     ):
@@ -299,11 +308,14 @@ def test_missing_packages_and_wrong_values_are_said(monkeypatch: pytest.MonkeyPa
 
 def test_command_line_reaches_every_setting() -> None:
     line = "b --data d --data e --out o --sizes 512,256 --targets *.attn.* --base-dtype fp8"
-    found = parsed([*line.split(), "--prompt", "x, y"])
+    found = parsed(
+        [*line.split(), "--prompt", "x, y", "--only", "source=a, b", "--only", "sex=male"]
+    )
     assert found.data == (Path("d"), Path("e"))
     assert found.sizes == (512, 256)
     assert found.targets == ("*.attn.*",)
     assert found.prompts == ("x, y",)
+    assert found.only == ("source=a, b", "sex=male")
     assert (found.rank, found.alpha, found.base_dtype) == (64, 64.0, "fp8")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +86,9 @@ def test_a_run_learns_and_describes_its_adapter(make: Make) -> None:
     assert {f.alpha for f in written.layers.values()} == {8.0}
     assert {tuple(f.down.shape)[0] for f in written.layers.values()} == {4}
     assert written.about["trigger"] == "dmf"
-    assert json.loads(written.about["data"]) == [{"source": "drawn", "licence": "CC0-1.0"}]
+    assert json.loads(written.about["data"]) == [
+        {"source": "drawn", "licence": "CC0-1.0", "attribution": ""}
+    ]
     assert json.loads(written.about["strata"]) == {"benign": 4, "malignant": 4}
     assert len((settings.out / "seen.jsonl").read_text().splitlines()) == 8
     assert (settings.out / "previews" / "0000040.png").is_file()
@@ -210,6 +215,112 @@ def test_a_full_disk_stops_with_a_sentence(make: Make, monkeypatch: pytest.Monke
         run(make())
 
 
+def test_a_disk_that_fills_between_saves_stops_with_a_sentence(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    said: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    end = r"/%s \(No space left on device; .*there is no state yet.*run the same command again"
+    with monkeypatch.context() as patched:
+        patched.setattr(RecordWriter, "write", full)
+        with pytest.raises(StateError, match=end % "tensorboard"):
+            run(make())
+    # The writer's thread prints nothing of its own, and afterwards threads are what they were.
+    assert not said
+    assert threading.excepthook == said.append
+
+    class Full:
+        write = flush = close = full
+
+    def opened(self: Journal) -> None:
+        self._lines = Full()
+
+    monkeypatch.setattr(Journal, "_open", opened)
+    with pytest.raises(StateError, match="step 1 .*" + end % "log.jsonl"):
+        run(make())
+
+
+def test_a_finished_run_stays_as_it_is(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = run(make(steps=3)).report
+    file = make().out / "adapter.safetensors"
+    before, curve = (file.stat().st_ino, file.read_bytes()), _curve(make().out)
+    with caplog.at_level("INFO"):
+        again = run(make(steps=3)).report
+    assert "all 3 steps are done already" in caplog.text
+    assert (file.stat().st_ino, file.read_bytes()) == before
+    assert (again["loss"], again["steps"]) == (first["loss"], 3)
+    assert again["loss"] is not None
+    with pytest.raises(StateError, match=r"has step 3 already, and --steps is 2; give --steps 3"):
+        run(make(steps=2))
+    # An adapter that is gone, or is of another step, is written.
+    file.unlink()
+    run(make(steps=3))
+    assert adapter.read(file).about["loss"] == str(first["loss"])
+    _at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    run(make(steps=8))
+    assert run(make(steps=5)).report["steps"] == 5
+    assert adapter.read(file).about["steps"] == "5"
+    assert _curve(make().out)[:3] == curve
+
+
+def test_what_the_data_asks_for_reaches_the_adapter(
+    make: Make, dataset: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(dataset, tmp_path / "secret" / "captioned")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    llama = {"name": "Llama-3.2-11B-Vision", "sha256": "ab", "licence": "llama3.2"}
+    for number, row in enumerate(rows):
+        row["attribution"] = "Clinic A" if number % 4 else "Clinic B"
+        model = llama if number % 2 else {"name": "org/hub", "revision": "1"}
+        row |= {"text": "a lesion", "caption": {"captioner": "model", "model": model}}
+    rows[4]["caption"] = {"captioner": "attributes"}
+    # What was captioned and is not trained on binds nobody.
+    rows[19]["caption"] = {"model": {"name": "other", "licence": "MIT"}}
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(make(steps=1, data=(folder,), prompts=()))
+    about = adapter.read(make().out / "adapter.safetensors").about
+    assert json.loads(about["data"]) == [
+        {"source": "drawn", "licence": "CC0-1.0", "attribution": f"Clinic {name}"} for name in "AB"
+    ]
+    assert json.loads(about["captions"]) == [
+        {**llama, "kind": "captions"},
+        {"name": "org/hub", "licence": "unknown", "sha256": "", "kind": "captions"},
+    ]
+    # Where things lie on a disk is nobody's business.
+    assert not [name for name, text in about.items() if str(tmp_path) in text]
+    settings = json.loads(about["settings"])
+    assert (settings["data"], settings["out"]) == (["captioned"], "run")
+    assert str(folder) in (make().out / "settings.json").read_text()
+
+
+def test_what_cannot_work_is_refused_before_any_work(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for device in ("foo", "cuda:99"):
+        with pytest.raises(EngineError, match=f"torch cannot use the device '{device}'"):
+            run(make(device=device))
+        assert not make().out.exists()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name: None if name in ("bitsandbytes", "torchao") else found(name),
+    )
+    with pytest.raises(SettingsError, match="--base-dtype 4bit needs bitsandbytes"):
+        run(make(base_dtype="4bit"))
+    with pytest.raises(SettingsError, match="--optimizer adamw8bit needs torchao"):
+        run(make(optimizer="adamw8bit"))
+    with pytest.raises(SettingsError, match="--sizes 7 is smaller than a token of the model, 8 px"):
+        run(make(sizes=(32, 7)))
+    assert [file.name for file in make().out.iterdir()] == [".lock"]
+
+
 def test_another_runs_state_is_refused(make: Make, tiny_checkpoint: Path, tmp_path: Path) -> None:
     run(make(steps=2))
     with pytest.raises(StateError, match=r"rank was 4 and is 8.*give another --out"):
@@ -268,17 +379,32 @@ def test_encoders_stay_on_disk_where_all_is_cached(
     run(make("second", steps=1))
 
 
+def _strange_chunk(png: bytes) -> bytes:
+    """A PNG with a chunk of no name amid its pixels, which Pillow calls a SyntaxError."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        check = zlib.crc32(name + body).to_bytes(4, "big")
+        return len(body).to_bytes(4, "big") + name + body + check
+
+    at = png.index(b"IDAT") - 4
+    end = at + 8 + int.from_bytes(png[at : at + 4], "big")
+    half = (at + 8 + end) // 2
+    first, second = chunk(b"IDAT", png[at + 8 : half]), chunk(b"IDAT", png[half:end])
+    return png[:at] + first + chunk(b"\0\1\2\3", b"") + second + png[end + 4 :]
+
+
 def test_broken_pictures_are_left_out(make: Make, dataset: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(dataset, tmp_path / "copied")
     (folder / "000.png").write_bytes(b"no picture")
     (folder / "001.png").unlink()
     half = (folder / "002.png").read_bytes()
     (folder / "002.png").write_bytes(half[: len(half) // 2])
+    (folder / "003.png").write_bytes(_strange_chunk((folder / "003.png").read_bytes()))
     settings = make(data=(folder,), steps=2, cache=tmp_path / "cache")
     report = run(settings).report
-    assert (report["pictures"], report["left_out"]) == (5, 3)
+    assert (report["pictures"], report["left_out"]) == (4, 4)
     listed = json.loads((settings.out / "broken.json").read_text())
-    assert sorted(Path(name).name for name in listed) == ["000.png", "001.png", "002.png"]
+    assert sorted(Path(name).name for name in listed) == [f"00{n}.png" for n in range(4)]
 
 
 def _as_bfl(config: dict[str, int], state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ transformer, and `--encoders` names a diffusers folder with the rest.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,9 +44,14 @@ class Base:
         """Read the configuration; weights are not touched.
 
         Raises:
-            SettingsError: a single file without its other parts, or parts given twice.
+            SettingsError: a single file without its other parts, or parts given twice; or 4 bits
+                of a single file, or without their package.
             BundleError: the folder is no Flux checkpoint.
         """
+        if settings.base_dtype == "4bit":
+            if settings.base.is_file():
+                raise SettingsError("--base-dtype 4bit needs a diffusers folder, not a single file")
+            _require_bitsandbytes()
         if settings.base.is_dir():
             if settings.encoders is not None:
                 raise SettingsError(
@@ -138,12 +144,14 @@ class Base:
         return total.hexdigest()
 
 
-def _in_four_bits(folder: Path) -> Any:
-    """NF4 with doubly quantized scales, computing in bf16 (Dettmers et al., arXiv 2305.14314)."""
-    import importlib.util
-
+def _require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SettingsError("--base-dtype 4bit needs bitsandbytes; pip install bitsandbytes")
+
+
+def _in_four_bits(folder: Path) -> Any:
+    """NF4 with doubly quantized scales, computing in bf16 (Dettmers et al., arXiv 2305.14314)."""
+    _require_bitsandbytes()
     from diffusers import BitsAndBytesConfig, FluxTransformer2DModel
 
     wanted = BitsAndBytesConfig(

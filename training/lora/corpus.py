@@ -16,7 +16,8 @@ import hashlib
 import io
 import logging
 import math
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ Buckets = dict[int, list[Bucket]]
 _STEPS: Final = 8
 """Sides of buckets move by an eighth of the square's (kohya's recipes: 64 px at 512)."""
 _READERS: Final = 4
+_DAMAGED: Final = (
+    OSError, ValueError, SyntaxError, EOFError, IndexError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow raises for files that are no whole pictures: a PNG's broken chunk is a SyntaxError"""
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,9 @@ def read(settings: Settings, known: Buckets) -> tuple[list[Item], dict[str, str]
         try:
             with Image.open(file) as picture:
                 bucket = place(*picture.size, known)
-            digest = record.sha256 or _sha256(file)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            broken[str(file)] = str(error)
+            digest = record.sha256 or sha256(file)
+        except _DAMAGED as error:
+            broken[str(file)] = str(error) or type(error).__name__
             return None
         text = record.text or caption(record.lesion)
         if settings.trigger:
@@ -135,7 +141,8 @@ def first(broken: dict[str, str]) -> str:
     return f"{name}: {broken[name]}"
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """That of a file, hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -152,7 +159,7 @@ def pixels(item: Item) -> NDArray[np.uint8]:
             raise ValueError("its checksum is not that of its record; import it again")
         with Image.open(io.BytesIO(data)) as opened:
             picture = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except _DAMAGED as error:
         raise DatasetError(f"{item.file} cannot be read as a picture: {error}") from error
     height, width = item.bucket
     scale = max(width / picture.width, height / picture.height)
@@ -181,6 +188,24 @@ def digest(items: Sequence[Item]) -> str:
     return total.hexdigest()
 
 
-def licences(items: Iterable[Item]) -> list[tuple[str, str]]:
-    """The distinct (source, licence) pairs, sorted."""
-    return sorted({(item.record.source, item.record.licence) for item in items})
+def licences(items: Iterable[Item]) -> list[dict[str, str]]:
+    """The distinct source, licence and attribution of the pictures, sorted."""
+    names = ("source", "licence", "attribution")
+    found = {tuple(str(getattr(item.record, name)) for name in names) for item in items}
+    return [dict(zip(names, one, strict=True)) for one in sorted(found)]
+
+
+def captioners(items: Iterable[Item]) -> list[dict[str, str]]:
+    """The distinct models that wrote captions, sorted: name, licence, sha256, and kind `captions`.
+
+    A model of a hub has no sha256; one that says no licence has `unknown`, which allows nothing.
+    """
+    found = set()
+    for item in items:
+        told = item.record.more.get("caption")
+        model = told.get("model") if isinstance(told, Mapping) and item.record.text else None
+        if isinstance(model, Mapping):
+            name, licence = str(model.get("name") or ""), str(model.get("licence") or "unknown")
+            found.add((name or "a captioner", licence, str(model.get("sha256") or "")))
+    names = ("name", "licence", "sha256")
+    return [{**dict(zip(names, one, strict=True)), "kind": "captions"} for one in sorted(found)]

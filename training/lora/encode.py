@@ -194,6 +194,14 @@ def _require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DermaFluxError(
-            f"the cache in {folder} needs {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are "
-            "free; free some, or give --cache on another disk"
+            f"the cache in {folder} needs {_size(needed)} more, and {_size(free)} are free; "
+            "free some, or give --cache on another disk"
         )
+
+
+def _size(count: int) -> str:
+    """Bytes for people: 1.2 GB, 3.4 MB, 5.6 kB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"

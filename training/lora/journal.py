@@ -13,7 +13,10 @@ import importlib.util
 import json
 import logging
 import resource
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from training.lora.state import cut_log
+from training.lora.state import STATE, cut_log, unsaved
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +42,18 @@ def peak_bytes(device: torch.device) -> int:
 
 
 class Journal:
-    """Writes for one process; `quiet` ones only keep the time."""
+    """Writes for one process; `quiet` ones only keep the time.
+
+    Raises:
+        StateError: the disk is full or takes no files; so do `tell`, `show` and the block's end.
+    """
 
     def __init__(
         self, folder: Path, *, step: int, steps: int, batch: int, device: torch.device,
         quiet: bool = False,
     ) -> None:  # fmt: skip
+        self._folder, self._step = folder, step
+        self._quiet = quiet
         self._batch, self._device, self._steps = batch, device, steps
         self._done = 0
         self._spent = 0.0
@@ -53,16 +62,6 @@ class Journal:
         self._board: Any = None
         self._lines: Any = None
         self._bar = tqdm(total=steps, initial=step, desc="lora", unit="step", disable=quiet)
-        if quiet:
-            return
-        cut_log(folder / "log.jsonl", step)
-        self._lines = (folder / "log.jsonl").open("a", encoding="utf-8")
-        if importlib.util.find_spec("tensorboard") is None:
-            log.info("no TensorBoard: pip install tensorboard; log.jsonl has the numbers")
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call, unused-ignore]
 
     def begin(self) -> None:
         """A step begins: the time until `tell` is its own, and what lies between steps is not."""
@@ -83,15 +82,18 @@ class Journal:
             "peak_bytes": peak_bytes(self._device),
         }
         self._bar.update(1)
+        self._step = step
         if self._lines is None:
             return
-        self._lines.write(json.dumps(self.last) + "\n")
-        self._lines.flush()
+        with self._written(self._folder / "log.jsonl"):
+            self._lines.write(json.dumps(self.last) + "\n")
+            self._lines.flush()
         if self._done % _EVERY == 0:
             self._bar.set_postfix(loss=f"{loss:.4f}", samples_per_s=f"{self.samples_per_s:.2f}")
         if self._board is not None:
-            for name in ("loss", "rate", "norm", "samples_per_s", "peak_bytes"):
-                self._board.add_scalar(name, self.last[name], step)
+            with self._written(self._folder / "tensorboard"):
+                for name in ("loss", "rate", "norm", "samples_per_s", "peak_bytes"):
+                    self._board.add_scalar(name, self.last[name], step)
 
     @property
     def samples_per_s(self) -> float:
@@ -102,17 +104,63 @@ class Journal:
     def show(self, step: int, name: str, image: np.ndarray[Any, Any]) -> None:
         """A preview, uint8 [H, W, 3], for TensorBoard."""
         if self._board is not None:
-            self._board.add_image(name, image, step, dataformats="HWC")
+            with self._written(self._folder / "tensorboard"):
+                self._board.add_image(name, image, step, dataformats="HWC")
+
+    @contextmanager
+    def _written(self, file: Path) -> Iterator[None]:
+        """What the disk refuses within the block is a StateError about `file`."""
+        try:
+            yield
+        except OSError as error:
+            raise unsaved(self._step, file, self._folder / STATE, error) from error
 
     def __enter__(self) -> Journal:
+        self._hook = threading.excepthook
+        threading.excepthook = self._in_thread
+        try:
+            if not self._quiet:
+                self._open()
+        except BaseException:
+            threading.excepthook = self._hook
+            raise
         return self
+
+    def _open(self) -> None:
+        with self._written(self._folder / "log.jsonl"):
+            cut_log(self._folder / "log.jsonl", self._step)
+            self._lines = (self._folder / "log.jsonl").open("a", encoding="utf-8")
+        if importlib.util.find_spec("tensorboard") is None:
+            log.info("no TensorBoard: pip install tensorboard; log.jsonl has the numbers")
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = str(self._folder / "tensorboard")
+        with self._written(Path(board)):
+            self._board = SummaryWriter(board, purge_step=self._step + 1)  # type: ignore[no-untyped-call, unused-ignore]
+
+    def _in_thread(self, told: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own, and tells of a full disk at the next call too:
+        there it is a sentence, so it need not be a traceback here."""
+        of_board = type(told.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(told.exc_value, OSError)):
+            self._hook(told)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
         self._bar.close()
-        if self._lines is not None:
-            self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            for name, one in (("tensorboard", self._board), ("log.jsonl", self._lines)):
+                try:
+                    if one is not None:
+                        one.close()
+                except OSError as full:
+                    # What ended the block comes first.
+                    if error is None:
+                        raise unsaved(
+                            self._step, self._folder / name, self._folder / STATE, full
+                        ) from full
+        finally:
+            threading.excepthook = self._hook

@@ -29,30 +29,41 @@ def make(settings: Settings, parameters: Sequence[nn.Parameter]) -> torch.optim.
     Raises:
         SettingsError: the package is not installed.
     """
+    on_gpu = all(parameter.device.type == "cuda" for parameter in parameters)
+    require(settings, on_gpu=on_gpu)
     given: dict[str, Any] = {"lr": settings.rate, "betas": BETAS, "weight_decay": settings.decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **given)
     if settings.optimizer == "prodigy":
-        _require("prodigyopt", settings)
         from prodigyopt import Prodigy  # type: ignore[import-untyped, unused-ignore]
 
         return Prodigy(  # type: ignore[no-any-return, unused-ignore]
             parameters, use_bias_correction=True, safeguard_warmup=True, decouple=True, **given
         )
-    on_gpu = all(parameter.device.type == "cuda" for parameter in parameters)
-    if on_gpu and importlib.util.find_spec("bitsandbytes") is not None:
+    if on_gpu and _installed("bitsandbytes"):
         from bitsandbytes.optim import AdamW8bit as Eight  # type: ignore[import-not-found, unused-ignore]
     else:
-        _require("torchao", settings)
         from torchao.optim import AdamW8bit as Eight  # type: ignore[import-not-found, unused-ignore]
     return Eight(parameters, **given)  # type: ignore[no-any-return, unused-ignore]
 
 
-def _require(package: str, settings: Settings) -> None:
-    if importlib.util.find_spec(package) is None:
+def require(settings: Settings, *, on_gpu: bool) -> None:
+    """Check that the optimizer's package is there, before there is anything to optimize.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    package = {"prodigy": "prodigyopt", "adamw8bit": "torchao"}.get(settings.optimizer)
+    if on_gpu and settings.optimizer == "adamw8bit" and _installed("bitsandbytes"):
+        return
+    if package is not None and not _installed(package):
         raise SettingsError(
             f"--optimizer {settings.optimizer} needs {package}; pip install {package}"
         )
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def rate(step: int, settings: Settings) -> float:

@@ -19,7 +19,7 @@ from dermaflux.errors import DatasetError
 from training.lora import corpus, encode, held_out
 from training.lora.base import DTYPES, Base
 from training.lora.corpus import Item
-from training.lora.settings import LATER, Settings
+from training.lora.settings import LATER, Settings, SettingsError
 from training.lora.store import Store
 
 log = logging.getLogger(__name__)
@@ -62,13 +62,20 @@ def prepare(settings: Settings, base: Base, place: Place) -> Prepared:
     """Read the datasets and fill the caches; each process encodes its part.
 
     Raises:
+        SettingsError: a size is smaller than the model's token.
         DatasetError: nothing is left to train on.
         DermaFluxError: the disk has no room, or the base's weights are not there.
         Cancelled: a signal came; what was encoded is kept.
     """
     model, defaults = base.checkpoint.model, base.checkpoint.defaults
     sizes = settings.sizes or (min(_PAPER, defaults.height, defaults.width),)
-    known = corpus.buckets(sizes, settings.aspect, 2 * model.scale)
+    token = 2 * model.scale
+    if min(sizes) < token:
+        raise SettingsError(
+            f"--sizes {min(sizes)} is smaller than a token of the model, {token} px; use {token} "
+            "or more"
+        )
+    known = corpus.buckets(sizes, settings.aspect, token)
     found, broken = corpus.read(settings, known)
     if place.first:
         held_out.check(settings, found)

@@ -37,6 +37,7 @@ def write_seen(folder: Path, data: Prepared) -> None:
                 "sha256": item.sha256,
                 "source": item.record.source,
                 "licence": item.record.licence,
+                "attribution": item.record.attribution,
             }
         )
         for item in data.items
@@ -65,6 +66,14 @@ def write_adapter(
     return file
 
 
+def is_written(file: Path, step: int) -> bool:
+    """Whether an adapter is there that can be read, and is that of a step."""
+    try:
+        return adapter.opened(file).about.get("steps") == str(step)
+    except adapter.AdapterError:
+        return False
+
+
 def _about(
     settings: Settings, base: Base, data: Prepared, step: int, loss: float | None
 ) -> dict[str, str]:
@@ -78,9 +87,8 @@ def _about(
         "rank": settings.rank,
         "alpha": settings.alpha,
         "targets": ",".join(settings.targets),
-        "data": json.dumps(
-            [{"source": s, "licence": name} for s, name in corpus.licences(data.items)]
-        ),
+        "data": json.dumps(corpus.licences(data.items)),
+        "captions": json.dumps(corpus.captioners(data.items)),
         "data_sha256": data.identity["data"],
         "pictures": len(data.items),
         "strata": json.dumps(strata),
@@ -88,6 +96,6 @@ def _about(
         "loss": loss,
         "wording": WORDING,
         "trigger": settings.trigger,
-        "settings": json.dumps(settings.document()),
+        "settings": json.dumps(settings.document(places=False)),
     }
     return {name: str(value) for name, value in content.items()}

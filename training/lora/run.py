@@ -28,6 +28,7 @@ from PIL import Image
 from torch import nn
 
 from dermaflux import files
+from dermaflux.engines import eager
 from dermaflux.errors import Cancelled, DermaFluxError
 from training import states
 from training.lora import objective, optimizers, state
@@ -39,15 +40,14 @@ from training.lora.journal import Journal, peak_bytes
 from training.lora.layers import parameters
 from training.lora.prepare import Place, prepare
 from training.lora.preview import Previews, sheet
-from training.lora.results import write_adapter, write_seen
+from training.lora.results import ADAPTER, is_written, write_adapter, write_seen
 from training.lora.settings import Settings, SettingsError, write
 from training.lora.spread import Spread
-from training.lora.state import StateError, whole
+from training.lora.state import STATE, StateError, whole
 from training.lora.trainee import Trainee
 
 log = logging.getLogger(__name__)
 
-STATE: Final = "state.pt"
 _LOSS_SCALE: Final = 1024.0
 """Of float16, whose smallest gradients would be 0 else."""
 
@@ -70,13 +70,15 @@ def run(settings: Settings) -> Result:
     """Train, or go on; see `Settings`.
 
     Raises:
-        DermaFluxError: of the base, the data, the settings, the disk; or the loss is no number.
+        DermaFluxError: of the base, the data, the settings, the device, the disk; or the loss is no
+            number.
     """
+    named = eager.torch_device(settings.device) if settings.device else None
     if settings.threads:
         torch.set_num_threads(settings.threads)
     # Told so, accelerate joins CPU processes too; else each would think itself alone.
     accelerator = Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available())
-    device = torch.device(settings.device) if settings.device else accelerator.device
+    device = named or accelerator.device
     settings.out.mkdir(parents=True, exist_ok=True)
     with signals() as got, locked(settings.out, accelerator.is_main_process):
         place = Place(
@@ -102,6 +104,7 @@ class _Run:
         self.sharded = _sharded(settings)
         self.file = settings.out / STATE
         self.base = Base.open(settings)
+        optimizers.require(settings, on_gpu=place.device.type == "cuda")
         self.data = prepare(settings, self.base, place)
         before = self._saved()
         self.trainee = Trainee.make(self.base, settings, place.device)
@@ -115,7 +118,8 @@ class _Run:
             self.data.items, seed=settings.seed, batch=settings.batch, turns=settings.turns,
             dropout=settings.caption_dropout,
         )  # fmt: skip
-        self.step = 0
+        self.step, self.speed = 0, 0.0
+        self.loss: float | None = None
         if before is not None:
             self._load(before)
 
@@ -125,32 +129,43 @@ class _Run:
         if place.first:
             files.write(settings.out / "settings.json", write(settings))
             write_seen(settings.out, data)
-        previews = None
-        if settings.prompts and (place.first or self.sharded):
-            previews = Previews(self.base, settings, data.texts, data.side, place.device)
-        with Journal(
-            settings.out, step=self.step, steps=settings.steps, batch=settings.batch,
-            device=place.device, quiet=not place.first,
-        ) as journal:  # fmt: skip
-            stopped = self._steps(journal, previews)
-            loss, speed = journal.last.get("loss"), journal.samples_per_s
+        finished = self.step == settings.steps
+        if finished:
+            log.info("all %d steps are done already; more --steps go on from there", self.step)
+        stopped = False if finished else self._train()
         values, adapter = whole(self.average or dict(self.named)), None
         if place.first and not stopped:
-            layers = self.trainee.layers
-            adapter = write_adapter(
-                settings, self.base, data, layers, values, step=self.step, loss=loss
-            )
+            adapter = settings.out / ADAPTER
+            # A finished run's adapter may be published: its bytes stay as they are.
+            if not finished or not is_written(adapter, self.step):
+                layers = self.trainee.layers
+                write_adapter(
+                    settings, self.base, data, layers, values, step=self.step, loss=self.loss
+                )
         return {
             "out": str(settings.out),
             "adapter": str(adapter) if adapter else None,
             "steps": self.step,
-            "loss": loss,
-            "samples_per_s": round(speed, 4),
+            "loss": self.loss,
+            "samples_per_s": round(self.speed, 4),
             "peak_bytes": peak_bytes(place.device),
             "pictures": len(data.items),
             "left_out": data.left_out,
             "stopped": stopped,
         }
+
+    def _train(self) -> bool:
+        """The steps that are left, told of; whether a signal ended them early."""
+        settings, place, previews = self.settings, self.place, None
+        if settings.prompts and (place.first or self.sharded):
+            previews = Previews(self.base, settings, self.data.texts, self.data.side, place.device)
+        with Journal(
+            settings.out, step=self.step, steps=settings.steps, batch=settings.batch,
+            device=place.device, quiet=not place.first,
+        ) as journal:  # fmt: skip
+            stopped = self._steps(journal, previews)
+            self.speed = journal.samples_per_s
+        return stopped
 
     def _steps(self, journal: Journal, previews: Previews | None) -> bool:
         """Train until the end; whether a signal ended it early."""
@@ -173,6 +188,7 @@ class _Run:
             self.step += 1
             self._follow()
             journal.tell(self.step, loss=loss, rate=rate, norm=norm)
+            self.loss = journal.last["loss"]
             last = self.step == settings.steps
             if stop or save or last:
                 self._save()
@@ -234,18 +250,25 @@ class _Run:
         if self.place.first:
             for number, (prompt, image) in enumerate(drawn):
                 journal.show(self.step, f"{number}: {prompt[:60]}", image)
-            folder = self.settings.out / "previews"
-            folder.mkdir(exist_ok=True)
-            Image.fromarray(sheet([image for _, image in drawn])).save(
-                folder / f"{self.step:07}.png"
-            )
+            file = self.settings.out / "previews" / f"{self.step:07}.png"
+            try:
+                file.parent.mkdir(exist_ok=True)
+                Image.fromarray(sheet([image for _, image in drawn])).save(file)
+            except OSError as error:
+                raise state.unsaved(self.step, file.parent, self.file, error) from error
 
     def _saved(self) -> dict[str, Any] | None:
-        """The state to go on from. Raises StateError where it is another run's."""
+        """The state to go on from. Raises StateError where it is another run's, or is beyond all
+        steps that are wanted."""
         if not self.file.exists():
             return None
         with states.reading(self.file, state.RESUME) as found:
             state.require_same(self.file, found["identity"], self.data.identity)
+            if int(found["step"]) > self.settings.steps:
+                raise StateError(
+                    f"{self.file} has step {found['step']} already, and --steps is "
+                    f"{self.settings.steps}; give --steps {found['step']} or more, or another --out"
+                )
         return found
 
     def _load(self, before: Mapping[str, Any]) -> None:
@@ -258,6 +281,7 @@ class _Run:
             state.load_optimizer(self.optimizer, before["optimizer"], values)
             self.draws.counters = [list(map(int, counts)) for counts in before["counters"]]
             self.step = int(before["step"])
+            self.loss = before.get("loss")
         log.info("resumed %s at step %d", self.file, self.step)
 
     def _save(self) -> None:
@@ -265,6 +289,7 @@ class _Run:
         content = {
             "identity": self.data.identity,
             "step": self.step,
+            "loss": self.loss,
             "weights": whole(dict(self.named)),
             "average": whole(self.average),
             "optimizer": whole(self.optimizer.state_dict()),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -53,7 +54,9 @@ class Settings:
     cache: Path | None = option("folder of cached latents and texts (default: OUT/cache)", None)
     split: str = option("the split that is trained on", "train")
     only: tuple[str, ...] = option(
-        f"KEY=WORD: train on these pictures alone; KEY is one of {', '.join(BALANCES)}", ()
+        f"KEY=WORD: train on these pictures alone; KEY is one of {', '.join(BALANCES)}; "
+        "repeatable, and all have to hold",
+        (),
     )
     held_out: tuple[Path, ...] = option(
         "a dataset whose test split must not be seen, beside the test splits of --data; repeatable",
@@ -142,6 +145,16 @@ class Settings:
                 raise SettingsError(
                     f"--only {one!r} is no KEY=WORD; KEY is one of {', '.join(BALANCES)}"
                 )
+        if "none" in self.balance and len(self.balance) > 1:
+            raise SettingsError(
+                f"--balance {','.join(self.balance)}: 'none' goes with nothing else; leave it out, "
+                "or the others"
+            )
+        folders = [folder.resolve() for folder in self.data]
+        if twice := [one for one in folders if folders.count(one) > 1]:
+            raise SettingsError(
+                f"--data names {twice[0]} twice, whose pictures would count twice; name it once"
+            )
         if not self.targets:
             raise SettingsError("--targets names no layer; leave it out to adapt all")
         if self.turns not in (1, 2, 4):
@@ -149,9 +162,10 @@ class Settings:
         if self.out.exists() and not self.out.is_dir():
             raise SettingsError(f"--out {self.out} is a file; give a folder")
 
-    def document(self) -> dict[str, Any]:
-        """For `settings.json`, the state and the adapter's description."""
-        return {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+    def document(self, *, places: bool = True) -> dict[str, Any]:
+        """For `settings.json`, the state and the adapter's description, which is published: without
+        `places` folders and files have their last name alone."""
+        return {one.name: _plain(getattr(self, one.name), places) for one in fields(self)}
 
 
 _RANGES: Final = {
@@ -179,7 +193,7 @@ def parsed(arguments: Sequence[str] | None) -> Settings:
         elif typed == "bool":
             parser.add_argument(flag, action="store_true", help=text)
         elif one.name in _REPEATED:
-            kind = str if one.name == "prompts" else Path
+            kind = str if one.name in ("prompts", "only") else Path
             parser.add_argument(_REPEATED[one.name], dest=one.name, type=kind, action="append",
                                 help=text,
                                 required=one.default is MISSING, default=None)  # fmt: skip
@@ -210,7 +224,9 @@ _KINDS: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
-_REPEATED: Final = {"data": "--data", "held_out": "--held-out", "prompts": "--prompt"}
+_REPEATED: Final = {
+    "data": "--data", "only": "--only", "held_out": "--held-out", "prompts": "--prompt",
+}  # fmt: skip
 
 
 def _flag(name: str) -> str:
@@ -222,10 +238,12 @@ def _shown(value: Any) -> str:
     return text.replace("%", "%%")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, places: bool) -> Any:
     if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+        return [_plain(one, places) for one in value]
+    if isinstance(value, Path):
+        return str(value) if places else Path(os.path.abspath(value)).name
+    return value
 
 
 __all__ = ["LATER", "Settings", "SettingsError", "parsed", "write"]

@@ -27,6 +27,7 @@ from dermaflux.errors import DermaFluxError
 
 log = logging.getLogger(__name__)
 
+STATE: Final = "state.pt"
 RESUME: Final = "delete it to begin again, or give another --out"
 
 
@@ -90,13 +91,20 @@ def write(file: Path, state: Mapping[str, Any]) -> None:
         os.replace(part, file)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        why = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
-        free = shutil.disk_usage(file.parent).free
-        kept = f"the last good state, {file}, is kept" if file.exists() else "there is no state yet"
-        raise StateError(
-            f"step {state.get('step')} could not be saved to {file} ({why}; {free / 1e6:.0f} MB "
-            f"free): {kept}. Free some room and run the same command again"
-        ) from error
+        raise unsaved(state.get("step"), file, file, error) from error
+
+
+def unsaved(step: int | None, file: Path, state: Path, error: Exception) -> StateError:
+    """What is said where a step could not be written to `file`; `state` is the run's state."""
+    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        why = error.strerror
+    free = shutil.disk_usage(file.parent).free
+    kept = f"the last good state, {state}, is kept" if state.exists() else "there is no state yet"
+    return StateError(
+        f"step {step} could not be saved to {file} ({why}; {free / 1e6:.0f} MB free): {kept}. "
+        "Free some room and run the same command again"
+    )
 
 
 def require_same(file: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

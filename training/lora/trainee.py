@@ -18,7 +18,7 @@ from training.lora.attention import Attention, end_early
 from training.lora.base import DTYPES, Base, Writer
 from training.lora.float8 import Float8Linear
 from training.lora.layers import BLOCKS, LoraLinear, inject, targets
-from training.lora.settings import Settings, SettingsError
+from training.lora.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,13 @@ class Trainee(nn.Module):
         """Open the base on the CPU and put LoRA into it; `device` is where it will be.
 
         Raises:
-            SettingsError: a pattern matches nothing, or a package is missing.
+            SettingsError: a pattern matches nothing, or a package is missing (see `Base.open`).
             EngineError, BundleError: weights are not there or do not fit.
         """
         kind = settings.base_dtype
         if kind == "auto":
             kind = "fp32" if device.type == "cpu" else "bf16"
         dtype = DTYPES.get(kind, torch.bfloat16 if device.type != "cpu" else torch.float32)
-        if kind == "4bit" and base.single is not None:
-            raise SettingsError("--base-dtype 4bit needs a diffusers folder, not a single file")
         transformer = base.transformer(dtype, four_bits=kind == "4bit")
         wanted = targets(transformer, settings.targets)
         seeds = (settings.rank, settings.alpha, settings.seed)

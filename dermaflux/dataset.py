@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
@@ -26,6 +27,10 @@ from dermaflux.prompt import VOCABULARY, Lesion
 METADATA: Final = "metadata.jsonl"
 SPLITS: Final = ("train", "val", "test")
 SEXES: Final = ("female", "male")
+_TEXTS: Final = (
+    "file_name", "mask", "text", "group", "source", "licence", "attribution", "confirmed",
+    "sha256", "site", "skin_type",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Record:
     all other keys of the line as they were.
 
     Raises:
-        DatasetError: a value is of another type or out of range, or a path leaves the folder.
+        DatasetError: a value is of another type or out of range, a text is none that UTF-8 can
+            hold, or a path leaves the folder.
     """
 
     file_name: str
@@ -79,6 +85,14 @@ class Record:
         for name in ("site", "skin_type"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise DatasetError(f"{name} needs a text, not {getattr(self, name)!r}")
+        for name in _TEXTS:
+            _written(name, getattr(self, name) or "")
+        if self.more:
+            try:
+                text = json.dumps(dict(self.more), ensure_ascii=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DatasetError(f"more holds what JSON cannot hold: {error}") from error
+            _written("a key that is not ours", text)
         if self.split not in SPLITS:
             raise DatasetError(f"split {self.split!r} is not known; use {', '.join(SPLITS)}")
         if self.sex is not None and self.sex not in SEXES:
@@ -161,6 +175,10 @@ def read(folder: Path) -> list[Record]:
                 raise ValueError(f"{record.file_name} was named by line {first[record.file_name]}")
         except (ValueError, DatasetError) as error:
             raise DatasetError(f"{file}, line {number}: {error}") from error
+        except RecursionError:
+            raise DatasetError(
+                f"{file}, line {number}: lists and objects lie in each other too deeply"
+            ) from None
         first[record.file_name] = number
         records.append(record)
     if not records:
@@ -169,9 +187,39 @@ def read(folder: Path) -> list[Record]:
 
 
 def write(folder: Path, records: Iterable[Record]) -> None:
-    """Write `metadata.jsonl`, whole or not at all; equal records make equal files."""
+    """Write `metadata.jsonl`, whole or not at all; equal records make equal files.
+
+    Raises:
+        DatasetError: the folder is not there or takes no files, or the disk is full.
+    """
     lines = [json.dumps(record.to_mapping(), ensure_ascii=False) + "\n" for record in records]
-    files.write(folder / METADATA, "".join(lines).encode())
+    with writing(folder / METADATA):
+        files.write(folder / METADATA, "".join(lines).encode())
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """What the system says while `file` is written (a full disk: without its name) names it.
+
+    Raises:
+        DatasetError: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(
+            f"{file} cannot be written: {error.strerror or error}; mend that and start again"
+        ) from error
+
+
+def _written(name: str, text: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON may spell and no file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(
+            f"{name} holds {text[error.start]!r}, half of a character; write the text in UTF-8"
+        ) from error
 
 
 def _inside(path: str) -> bool:

@@ -12,7 +12,11 @@ still, if small, so an index is under the terms of the data that it was made of.
 
 from __future__ import annotations
 
+import lzma
+import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,12 +29,23 @@ from PIL import Image
 
 from dermaflux import files
 from dermaflux.alignment import SIDE
+from dermaflux.dataset import writing
 from dermaflux.errors import DatasetError
 
 Thumbs = NDArray[np.uint8]
 
 _OBLONG: Final = 1.1
 """Aspect from which the centre square is a picture of its own: collections squash or cut it."""
+UNREADABLE: Final = (
+    OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, OverflowError,
+    IndexError, KeyError, Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow raises of damaged pictures: its decoders pass on what they stumble over."""
+_DAMAGED: Final = (
+    OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, MemoryError, RuntimeError,
+    NotImplementedError, SyntaxError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+)  # fmt: skip
+"""What zipfile and numpy raise of damaged archives: flipped bits may change sizes and methods."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +65,12 @@ class Index:
         return len(self.names)
 
     def save(self, file: Path) -> None:
-        """Write one compressed `.npz`, whole or not at all."""
-        with files.replacing(file) as stream:
+        """Write one compressed `.npz`, whole or not at all.
+
+        Raises:
+            DatasetError: the folder is not there or takes no files, or the disk is full.
+        """
+        with writing(file), files.replacing(file) as stream:
             np.savez_compressed(
                 stream, thumbs=self.thumbs, owner=self.owner,
                 names=np.array(self.names, dtype=np.str_),
@@ -70,20 +89,24 @@ class Index:
                 raise ValueError("no file of numpy arrays")
             with np.load(file, allow_pickle=False) as saved:
                 thumbs, owner = saved["thumbs"], saved["owner"]
-                names, groups = tuple(saved["names"].tolist()), tuple(saved["groups"].tolist())
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                words = saved["names"], saved["groups"]
+        except _DAMAGED as error:
             raise DatasetError(
-                f"{file} is no index of pictures ({error}); make one with python -m training.data "
-                "index DATASET --out FILE"
+                f"{file} is no index of pictures ({error or type(error).__name__}); make one with "
+                "python -m training.data index DATASET --out FILE"
             ) from error
         fits = thumbs.ndim == 3 and thumbs.shape[1:] == (SIDE, SIDE) and thumbs.dtype == np.uint8
-        whole = len(owner) == len(thumbs) and len(names) == len(groups)
+        listed = all(one.ndim == 1 and one.dtype.kind == "U" for one in words)
+        whole = owner.ndim == 1 and owner.dtype.kind in "iu" and len(owner) == len(thumbs)
         if (
             not fits
+            or not listed
             or not whole
-            or (len(owner) and not 0 <= owner.min() <= owner.max() < len(names))
+            or len(words[0]) != len(words[1])
+            or (len(owner) and not 0 <= owner.min() <= owner.max() < len(words[0]))
         ):
             raise DatasetError(f"{file} is an index of another version; make it again")
+        names, groups = (tuple(one.tolist()) for one in words)
         return cls(thumbs, owner.astype(np.int64), names, groups)
 
 
@@ -119,8 +142,8 @@ def build(pictures: Iterable[tuple[str, str, Path]], threads: int = 2, shown: An
             with Image.open(file) as image:
                 image.draft("L", (4 * SIDE, 4 * SIDE))
                 return views(image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return str(error) or type(error).__name__
+        except UNREADABLE as error:
+            return why(error)
 
     thumbs: list[Thumbs] = []
     owner: list[int] = []
@@ -138,6 +161,15 @@ def build(pictures: Iterable[tuple[str, str, Path]], threads: int = 2, shown: An
     stack = np.stack(thumbs) if thumbs else np.zeros((0, SIDE, SIDE), np.uint8)
     names, groups = tuple(name for name, _ in kept), tuple(group for _, group in kept)
     return Built(Index(stack, np.array(owner, dtype=np.int64), names, groups), broken)
+
+
+def why(error: Exception) -> str:
+    """Why a picture cannot be read, the same in every run: Pillow names streams by their address.
+
+    >>> why(OSError("cannot identify image file <_io.BytesIO object at 0x7f31>"))
+    'cannot identify image file'
+    """
+    return re.sub(r" ?<\S+ object at 0x[0-9a-fA-F]+>", "", str(error)) or type(error).__name__
 
 
 def joined(indexes: Sequence[Index]) -> Index:

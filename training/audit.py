@@ -17,6 +17,7 @@ from PIL import Image
 
 from dermaflux import duplicates
 from dermaflux.dataset import Record
+from dermaflux.thumbnails import UNREADABLE
 from training import data, grouping
 
 _SHOWN: Final = 20
@@ -135,7 +136,7 @@ def _state(folder: Path, record: Record) -> str:
         if record.mask is not None:
             with Image.open(folder / record.mask) as image:
                 image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return "broken"
     if record.sha256 and hashlib.sha256(content).hexdigest() != record.sha256:
         return "changed"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from functools import partial
@@ -38,7 +39,15 @@ def _import(options: argparse.Namespace) -> int:
     labels = importing.labels_of(options.labels)
     collection = named(options.collection)
     bar = _bar("importing")
-    print(json.dumps(importing.run(collection, options.folder, options.out, plan, labels, bar)))
+    summary = importing.run(collection, options.folder, options.out, plan, labels, bar)
+    if summary["kept"]:
+        print(
+            f"{options.out} held a dataset already: its {summary['kept']} records stay as they "
+            f"are, {summary['added']} were added"
+            + ("; python -m training.data split makes splits with them" * bool(summary["added"])),
+            file=sys.stderr,
+        )
+    print(json.dumps(summary))
     return 0
 
 
@@ -54,6 +63,7 @@ def _check(options: argparse.Namespace) -> int:
 
 def _split(options: argparse.Namespace) -> int:
     folder = options.dataset
+    grouping.check(options.val, options.test)
     records = dataset.read(folder)
     built = grouping.index(folder, records, options.threads, _bar("reading"))
     if built.broken:
@@ -86,10 +96,21 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
+    _check_target(options.out)
     index = leaks.seen(options.dataset, options.splits, options.threads, _bar("reading"))
     index.save(options.out)
     print(json.dumps({"out": str(options.out), "images": len(index)}))
     return 0
+
+
+def _check_target(file: Path) -> None:
+    """Refuse a file that cannot be written, before pictures are read for hours."""
+    if not file.parent.is_dir():
+        raise DatasetError(f"--out {file}: there is no folder {file.parent}; make it first")
+    if file.is_dir():
+        raise DatasetError(f"--out {file} is a folder; give a file in it, such as {file}/seen.npz")
+    if not os.access(file.parent, os.W_OK):
+        raise DatasetError(f"--out {file}: {file.parent} takes no files; give another folder")
 
 
 def _leaks(options: argparse.Namespace) -> int:

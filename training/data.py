@@ -32,6 +32,7 @@ from dermaflux import dataset
 from dermaflux.dataset import Record
 from dermaflux.errors import DatasetError
 from dermaflux.prompt import Lesion
+from dermaflux.thumbnails import UNREADABLE, why
 from training import measured
 
 __all__ = [
@@ -123,8 +124,10 @@ def load_images(samples: Sequence[Sample], size: int, threads: int = 2) -> NDArr
         try:
             with Image.open(sample.file) as image:
                 square = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-        except OSError as error:
-            raise DatasetError(f"{sample.file} cannot be read as a picture: {error}") from error
+        except UNREADABLE as error:
+            raise DatasetError(
+                f"{sample.file} cannot be read as a picture: {why(error)}"
+            ) from error
         return np.asarray(square, dtype=np.uint8)
 
     with ThreadPoolExecutor(threads) as pool:
@@ -142,8 +145,8 @@ def load_mask(sample: Sample, size: int) -> NDArray[np.bool_] | None:
     try:
         with Image.open(sample.mask) as image:
             square = image.convert("L").resize((size, size), Image.Resampling.BILINEAR)
-    except OSError as error:
-        raise DatasetError(f"{sample.mask} cannot be read as a mask: {error}") from error
+    except UNREADABLE as error:
+        raise DatasetError(f"{sample.mask} cannot be read as a mask: {why(error)}") from error
     return np.asarray(square) > 127
 
 

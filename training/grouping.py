@@ -77,8 +77,7 @@ def split(records: Sequence[Record], val: float, test: float, seed: int) -> list
     Raises:
         DatasetError: the shares leave nothing to train on, or there are too few groups.
     """
-    if val < 0 or test < 0 or val + test >= 1:
-        raise DatasetError(f"val {val} and test {test} leave nothing to train on; give less than 1")
+    check(val, test)
     members: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         members[record.group].append(record)
@@ -108,6 +107,16 @@ def split(records: Sequence[Record], val: float, test: float, seed: int) -> list
             "give larger shares or more data"
         )
     return result
+
+
+def check(val: float, test: float) -> None:
+    """Refuse shares of splits that cannot be, before pictures are compared for hours.
+
+    Raises:
+        DatasetError: they leave nothing to train on.
+    """
+    if val < 0 or test < 0 or val + test >= 1:
+        raise DatasetError(f"val {val} and test {test} leave nothing to train on; give less than 1")
 
 
 def divided(records: Iterable[Record]) -> dict[str, list[str]]:

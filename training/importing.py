@@ -4,7 +4,8 @@
 
 A picture that cannot be decoded, or that the folder lacks, is listed and left out; the others
 stand. What is done is noted in `import.jsonl` as it is done, so that an interrupted import goes on
-where it was; `metadata.jsonl` is written last.
+where it was; `metadata.jsonl` is written last. The same command on a finished dataset adds what was
+broken and is repaired; captions, splits and all else of the records that are there stay.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from PIL import Image, ImageOps
 from dermaflux import dataset, files
 from dermaflux.dataset import Record
 from dermaflux.errors import DatasetError
+from dermaflux.thumbnails import UNREADABLE, why
 from training import labels as label_map
 from training.labels import Labels, Meaning
 from training.sources.found import SUFFIXES, Found
@@ -52,9 +54,11 @@ def run(
 ) -> dict[str, Any]:
     """Import a collection; returns the summary: counts, exclusions with reasons, broken pictures.
 
+    Where `out` holds this dataset already, its records stay as they are and `added` counts the new.
+
     Raises:
         DatasetError: the folder is not as published, a class is unknown, `out` holds something
-            else, or no picture is left.
+            else or takes no files, or no picture is left.
     """
     found = list(collection.read(folder))
     meanings, excluded = _meanings(found, collection.name, plan, labels)
@@ -65,28 +69,35 @@ def run(
         "collection": collection.name, "folder": str(folder.resolve()), "size": plan.size,
         "link": plan.link, "modality": plan.modality, "label_map": labels.version,
     }  # fmt: skip
-    done = _progress(out, about)
+    with dataset.writing(out / PROGRESS):
+        done = _progress(out, about)
+    before = dataset.read(out) if (out / dataset.METADATA).exists() else []
     records: list[Record] = []
     broken: dict[str, str] = {}
     masks: list[str] = []
-    with ThreadPoolExecutor(plan.threads) as pool, (out / PROGRESS).open("a") as notes:
+    with ThreadPoolExecutor(plan.threads) as pool:
         work = _ahead(pool, [one for one, _ in meanings], out, plan, done)
         for (one, meaning), result in zip(meanings, shown(work), strict=True):
             if one.name not in done:
-                notes.write(json.dumps({"name": one.name, **result}) + "\n")
-                notes.flush()
+                _note(out / PROGRESS, {"name": one.name, **result})
             if "broken" in result:
                 broken[one.name] = result["broken"]
                 continue
             if "broken_mask" in result:
                 masks.append(one.name)
             records.append(_record(one, meaning, result, collection.name, labels))
+    added = _added(before, records)
+    records = before + added
     if not records:
-        raise DatasetError(f"{folder}: none of {len(meanings)} pictures can be read: {broken}")
-    dataset.write(out, records)
+        some = dict(sorted(broken.items())[:_SHOWN])
+        raise DatasetError(f"{folder}: none of {len(meanings)} pictures can be read: {some}")
+    if added:
+        dataset.write(out, records)
     return {
         "out": str(out), "collection": collection.name, "label_map": labels.version,
         "images": len(records),
+        "kept": len(before),
+        "added": len(added),
         "labels": dict(Counter(record.label for record in records)),
         "splits": dict(Counter(record.split for record in records)),
         "groups": len({record.group for record in records}),
@@ -118,6 +129,35 @@ def _meanings(
     return kept, excluded
 
 
+def _added(before: list[Record], records: list[Record]) -> list[Record]:
+    """The records that a dataset does not have yet.
+
+    One whose patient or lesion is there already joins its group and its split: others may have been
+    made since.
+    """
+    there = {record.file_name for record in before}
+    groups = {record.group: record.group for record in before}
+    groups |= {str(r.more["source_group"]): r.group for r in before if "source_group" in r.more}
+    splits: dict[str, set[str]] = {}
+    for record in before:
+        splits.setdefault(record.group, set()).add(record.split)
+    added = []
+    for record in records:
+        if record.file_name in there:
+            continue
+        group = groups.get(record.group, record.group)
+        if len(found := splits.get(group, set())) == 1:
+            record = replace(record, group=group, split=next(iter(found)))  # noqa: PLW2901
+        added.append(record)
+    return added
+
+
+def _note(file: Path, note: dict[str, Any]) -> None:
+    """A line more. The file is opened for each, so that a full disk is told of here."""
+    with dataset.writing(file), file.open("a", encoding="utf-8") as notes:
+        notes.write(json.dumps(note) + "\n")
+
+
 def _progress(out: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What an interrupted import with the same settings had done, by the pictures' names."""
     file = out / PROGRESS
@@ -129,7 +169,9 @@ def _progress(out: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
     lines = file.read_text(encoding="utf-8").split("\n")
     try:
         before = json.loads(lines[0])
-    except json.JSONDecodeError as error:
+        if not isinstance(before, dict):
+            raise ValueError(f"it begins with {lines[0][:40]}")
+    except (ValueError, RecursionError) as error:
         raise DatasetError(
             f"{file} is not the note of an import ({error}); remove {out}"
         ) from error
@@ -174,12 +216,14 @@ def _bring(one: Found, out: Path, plan: Plan, done: dict[str, Any] | None) -> di
     if one.file is None:
         return {"broken": "the metadata names it, the folder lacks it"}
     try:
+        # A name that is not UTF-8 cannot be written into a record.
+        one.name.encode()
         data = one.file.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             small = _shrunk(image, plan.size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return {"broken": f"{error or type(error).__name__}".replace(str(one.file), one.file.name)}
+    except UNREADABLE as error:
+        return {"broken": why(error).replace(str(one.file), one.file.name)}
     # The publisher's name may hold anything; only its last part names our file.
     stem = one.name.replace("/", "_").replace("\\", "_")
     if small is not None:
@@ -193,8 +237,8 @@ def _bring(one: Found, out: Path, plan: Plan, done: dict[str, Any] | None) -> di
     if one.mask is not None:
         try:
             note["mask"] = _mask(one.mask, stem, out, small.size if small is not None else None)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            note["broken_mask"] = str(error)
+        except UNREADABLE as error:
+            note["broken_mask"] = why(error).replace(str(one.mask), one.mask.name)
     return note
 
 
@@ -218,10 +262,11 @@ def _place(source: Path, target: Path, link: str, data: bytes) -> None:
     if link == "copy":
         _write(target, data)
         return
-    target.unlink(missing_ok=True)
-    if link == "symbolic":
-        target.symlink_to(source.resolve())
-        return
+    with dataset.writing(target):
+        target.unlink(missing_ok=True)
+        if link == "symbolic":
+            target.symlink_to(source.resolve())
+            return
     try:
         os.link(source.resolve(), target)
     except OSError:  # Another file system, or one without links.
@@ -234,13 +279,19 @@ def _write(target: Path, data: bytes) -> None:
     After a power failure `check` compares the checksums.
     """
     part = target.with_name(f".{target.name}.part")
-    part.write_bytes(data)
-    part.replace(target)
+    with dataset.writing(target):
+        try:
+            part.write_bytes(data)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+        part.replace(target)
 
 
 def _mask(source: Path, stem: str, out: Path, size: tuple[int, int] | None) -> str:
     name = f"masks/{stem}.png"
-    (out / "masks").mkdir(exist_ok=True)
+    with dataset.writing(out / "masks"):
+        (out / "masks").mkdir(exist_ok=True)
     with Image.open(source) as image:
         mask = image.convert("L")
     stream = io.BytesIO()
@@ -252,7 +303,7 @@ def _mask(source: Path, stem: str, out: Path, size: tuple[int, int] | None) -> s
 def _record(
     one: Found, meaning: Meaning, note: dict[str, Any], name: str, labels: Labels
 ) -> Record:
-    about = labels.collections[name]
+    about = labels.about(name)
     words = {key: value for key, value in one.words.items() if value}
     more = {"label_map": labels.version, "collection": name, "class": one.kind, **one.more}
     if one.modality:

@@ -8,6 +8,7 @@ share and makes new splits.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from collections import Counter
@@ -38,8 +39,9 @@ def run(folders: Sequence[Path], out: Path, shown: Any = iter) -> dict[str, Any]
     everything = [(f, n, r) for f, n in zip(folders, names, strict=True) for r in data.records(f)]
     records = []
     for folder, name, record in shown(everything):
-        mask = f"masks/{name}/{_bare(record.mask)}" if record.mask else None
-        moved = replace(record, file_name=f"images/{name}/{_bare(record.file_name)}", mask=mask)
+        # The whole path: a folder may hold both images/x.jpg and x.jpg.
+        mask = f"masks/{name}/{record.mask}" if record.mask else None
+        moved = replace(record, file_name=f"images/{name}/{record.file_name}", mask=mask)
         _bring(folder, record.file_name, out / moved.file_name)
         if record.mask and moved.mask:
             _bring(folder, record.mask, out / moved.mask)
@@ -60,22 +62,22 @@ def _own_group(moved: Record, record: Record, name: str) -> Record:
                    else record.group)  # fmt: skip
 
 
-def _bare(path: str) -> str:
-    """A path without the folder that all pictures or all masks lie in."""
-    return path.removeprefix("images/").removeprefix("masks/")
-
-
 def _bring(folder: Path, name: str, target: Path) -> None:
-    """Link a file, or copy it where links cannot be made; what is there already stays."""
+    """Link a file, or copy it where links cannot be made.
+
+    What an interrupted run left stays where its content is the source's, and is replaced otherwise.
+    """
     source = (folder / name).resolve()
     if not source.is_file():
         raise DatasetError(f"{folder / name} is missing; python -m training.data check {folder}")
-    if target.exists():
+    if target.is_file() and filecmp.cmp(source, target, shallow=False):
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
+    with dataset.writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, part)
+        part.unlink(missing_ok=True)
+        try:
+            os.link(source, part)
+        except OSError:  # Another file system, or one without links.
+            shutil.copyfile(source, part)
         part.replace(target)

@@ -43,6 +43,19 @@ class Labels:
     left_out: Mapping[str, str]
     collections: Mapping[str, Mapping[str, Any]]
 
+    def about(self, collection: str) -> Mapping[str, Any]:
+        """A collection's section: its name, licence, attribution and classes.
+
+        Raises:
+            DatasetError: the map does not have it.
+        """
+        if collection not in self.collections:
+            raise DatasetError(
+                f"{self.file} has no section [{collection}] "
+                f"(it has {', '.join(self.collections) or 'none'}); copy it from {FILE}"
+            )
+        return self.collections[collection]
+
     def of(self, collection: str, kind: str, term: str = "", said: str = "") -> Meaning:
         """What a publisher's class means, narrowed by its diagnosis in words (`term`).
 
@@ -50,9 +63,9 @@ class Labels:
         the map the picture is left out, and so it is where the diagnosis contradicts the label.
 
         Raises:
-            DatasetError: the map does not have the class.
+            DatasetError: the map does not have the collection or the class.
         """
-        classes = self.collections[collection]["classes"]
+        classes = self.about(collection)["classes"]
         if kind not in classes:
             raise DatasetError(
                 f"{collection} has a class {kind!r} that {self.file} does not know "
@@ -87,19 +100,35 @@ def read(file: Path = FILE) -> Labels:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DatasetError(f"{file} is no map of labels: {error}") from error
+    except RecursionError:
+        raise DatasetError(f"{file} is no map of labels: it is nested too deeply") from None
     version = content.pop("version", None)
     diagnoses, left_out = content.pop("diagnoses", {}), content.pop("left_out", {})
     if not isinstance(version, str) or not version:
         raise DatasetError(f'{file} has no version; give it one, such as version = "labels-2"')
-    for term, word in diagnoses.items():
-        if word not in DIAGNOSES:
+    for term, word in _section(diagnoses, f"{file}, diagnoses").items():
+        if not isinstance(word, str) or word not in DIAGNOSES:
             raise DatasetError(f"{file}, diagnoses, {term!r}: {word!r} is no diagnosis we know")
+    for term, reason in _section(left_out, f"{file}, left_out").items():
+        if not isinstance(reason, str):
+            raise DatasetError(f"{file}, left_out, {term!r} needs its reason, not {reason!r}")
     for name, collection in content.items():
+        _section(collection, f"{file}, {name}")
         if missing := {"name", "licence", "attribution", "classes"} - set(collection):
             raise DatasetError(f"{file}, [{name}] has no {min(missing)}")
-        for kind, entry in collection["classes"].items():
-            _check(entry, f"{file}, [{name}], class {kind!r}")
+        for key in ("name", "licence", "attribution"):
+            if not isinstance(collection[key], str):
+                raise DatasetError(f"{file}, [{name}], {key} needs a text: {collection[key]!r}")
+        for kind, entry in _section(collection["classes"], f"{file}, [{name}], classes").items():
+            where = f"{file}, [{name}], class {kind!r}"
+            _check(_section(entry, where), where)
     return Labels(file, version, diagnoses, left_out, content)
+
+
+def _section(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DatasetError(f"{where} needs a table of names and values, not {value!r}")
+    return value
 
 
 def _check(entry: Mapping[str, Any], where: str) -> None:
@@ -109,6 +138,9 @@ def _check(entry: Mapping[str, Any], where: str) -> None:
         return
     if set(entry) - {"label", "diagnosis"} or "label" not in entry:
         raise DatasetError(f"{where} needs a label (and perhaps a diagnosis), or exclude")
+    for name, word in entry.items():
+        if not isinstance(word, str):
+            raise DatasetError(f"{where}: {name} needs a word, not {word!r}")
     try:
         Lesion(entry["label"], entry.get("diagnosis"))
     except RequestError as error:

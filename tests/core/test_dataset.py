@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,39 @@ def test_nothing_is_no_dataset(tmp_path: Path) -> None:
     (tmp_path / dataset.METADATA).write_text("\n")
     with pytest.raises(DatasetError, match="is empty"):
         dataset.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["text", "group", "source", "attribution", "site", "file_name", "mask", "other"]
+)
+def test_half_a_character_is_refused_before_it_is_written(tmp_path: Path, name: str) -> None:
+    row = {"file_name": "a.png", "label": "benign"} | {name: "half \ud83d"}
+    (tmp_path / dataset.METADATA).write_text(json.dumps(row) + "\n")
+    with pytest.raises(DatasetError, match=r"line 1: .*holds '\\ud83d', half of a character"):
+        dataset.read(tmp_path)
+
+
+def test_whole_characters_of_two_halves_pass(tmp_path: Path) -> None:
+    row = {"file_name": "a.png", "label": "benign", "text": "\U0001f600", "other": "\U0001f600"}
+    (tmp_path / dataset.METADATA).write_text(json.dumps(row) + "\n")
+    assert dataset.read(tmp_path)[0].text == "\U0001f600"
+
+
+def test_json_nested_too_deeply_is_named_with_its_line(tmp_path: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    row = f'{{"file_name": "a.png", "label": "benign", "x": {deep}}}'
+    (tmp_path / dataset.METADATA).write_text(row + "\n")
+    with pytest.raises(DatasetError, match="line 1: .*too deeply"):
+        dataset.read(tmp_path)
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset.write(tmp_path, [FULL])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DatasetError, match=r"metadata\.jsonl cannot be written: No space left"):
+        dataset.write(tmp_path, [Record("a.png", "benign")])
+    assert dataset.read(tmp_path) == [FULL]

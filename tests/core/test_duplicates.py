@@ -178,3 +178,55 @@ def test_cosines_turn_as_pictures_do() -> None:
         assert np.allclose(
             alignment.cosines(turned, 8), alignment.turned_cosines(low, turn), atol=1e-2
         )
+
+
+def test_a_damaged_index_is_refused_or_the_same(
+    strangers: list[Image.Image], tmp_path: Path
+) -> None:
+    seen, file = index(strangers[:3]), tmp_path / "seen.npz"
+    seen.save(file)
+    whole = file.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    # Half of them where the archive keeps sizes and methods: at its end.
+    places = [*rng.integers(0, len(whole), 30), *rng.integers(len(whole) - 300, len(whole), 30)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(rng.integers(8))
+        file.write_bytes(damaged)
+        try:
+            again = thumbnails.Index.load(file)
+        except DatasetError as error:
+            refused += str(file) in str(error)
+        else:
+            assert np.array_equal(again.thumbs, seen.thumbs)
+            assert (again.names, again.groups) == (seen.names, seen.groups)
+    assert refused >= 30
+
+
+def test_a_stream_that_does_not_unpack_is_refused(
+    strangers: list[Image.Image], tmp_path: Path
+) -> None:
+    file = tmp_path / "seen.npz"
+    index(strangers[:3]).save(file)
+    damaged = bytearray(file.read_bytes())
+    start = damaged.index(b"thumbs.npy")
+    damaged[start + 60 : start + 100] = b"\xff" * 40
+    file.write_bytes(damaged)
+    with pytest.raises(DatasetError, match=r"seen\.npz is no index"):
+        thumbnails.Index.load(file)
+
+
+def test_arrays_of_other_kinds_are_no_index(tmp_path: Path) -> None:
+    thumbs = np.zeros((1, 48, 48), "u1")
+    for change in ({"names": [7]}, {"owner": 0}, {"owner": [0.5]}, {"groups": "a"}):
+        good = {"thumbs": thumbs, "owner": [0], "names": ["a"], "groups": ["a"]}
+        np.savez(tmp_path / "seen.npz", **(good | change))  # type: ignore[arg-type]
+        with pytest.raises(DatasetError, match="another version"):
+            thumbnails.Index.load(tmp_path / "seen.npz")
+
+
+def test_reasons_are_the_same_in_every_run() -> None:
+    with pytest.raises(OSError, match="BytesIO") as caught:
+        Image.open(io.BytesIO(b"no picture"))
+    assert thumbnails.why(caught.value) == "cannot identify image file"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -210,3 +212,81 @@ def test_rates_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert set(report["missed"]) == set(duplicate_rates.ALTERED)
     assert report["missed"]["flipped and turned"] == 0
     assert report["of_other_groups"] == []
+
+
+def test_pictures_whose_paths_end_alike_are_all_joined(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = tmp_path / "one"
+    names = ("images/x.png", "x.png", "masks/x.png")
+    for number, name in enumerate(names):
+        (one / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 50 * number).save(one / name)
+    masks = ("masks/x.png", "x.png", None)
+    dataset.write(
+        one, [Record(name, "benign", mask=mask) for name, mask in zip(names, masks, strict=True)]
+    )
+    assert told(capsys, "merge", one, "--out", tmp_path / "all")[0] == 0
+    records = dataset.read(tmp_path / "all")
+    for record, name, mask in zip(records, names, masks, strict=True):
+        assert (tmp_path / "all" / record.file_name).read_bytes() == (one / name).read_bytes()
+        if mask:
+            path = tmp_path / "all" / str(record.mask)
+            assert path.read_bytes() == (one / mask).read_bytes()
+
+
+def test_a_merge_started_again_replaces_what_is_stale(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path / "one", [lesion(0), lesion(1)])
+    merge = ("merge", tmp_path / "one", "--out", tmp_path / "all")
+    assert told(capsys, *merge)[0] == 0
+    (tmp_path / "all" / dataset.METADATA).unlink()
+    stale, kept = (tmp_path / "all" / one.file_name for one in _names(tmp_path / "one"))
+    content, place = stale.read_bytes(), kept.stat().st_ino
+    stale.unlink()
+    stale.write_bytes(content[:-1] + b"x")
+    assert told(capsys, *merge)[0] == 0
+    assert stale.read_bytes() == content
+    assert kept.stat().st_ino == place
+    assert not list((tmp_path / "all").rglob("*.part"))
+
+
+def _names(folder: Path) -> list[Record]:
+    return [
+        replace(one, file_name=f"images/{folder.name}/{one.file_name}")
+        for one in dataset.read(folder)
+    ]
+
+
+def test_shares_and_targets_are_checked_before_pictures_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path / "d", [lesion(n) for n in range(3)])
+
+    def reads(*_: Any) -> Any:
+        raise AssertionError("pictures are read")
+
+    monkeypatch.setattr(thumbnails, "build", reads)
+    status, _, said = told(capsys, "split", tmp_path / "d", "--val", 0.6, "--test", 0.5)
+    assert (status, "nothing to train on" in said) == (2, True)
+    status, _, said = told(capsys, "index", tmp_path / "d", "--out", tmp_path / "no" / "x.npz")
+    assert (status, "there is no folder" in said) == (2, True)
+    status, _, said = told(capsys, "index", tmp_path / "d", "--out", tmp_path)
+    assert (status, "is a folder" in said) == (2, True)
+
+
+def test_a_split_on_a_full_disk_names_the_file_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path / "d", [lesion(n) for n in range(12)])
+    before = (tmp_path / "d" / dataset.METADATA).read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, said = told(capsys, "split", tmp_path / "d", "--val", 0.2, "--test", 0.3)
+    assert status == 2
+    assert f"{tmp_path / 'd' / dataset.METADATA} cannot be written: No space left" in said
+    assert (tmp_path / "d" / dataset.METADATA).read_bytes() == before

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import io
 import json
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from training import data
 
@@ -96,3 +102,42 @@ def test_a_record_is_a_sample_with_mask_and_confirmation(tmp_path: Path) -> None
     assert (sample.mask, sample.confirmed, sample.group, sample.attribution) == (
         tmp_path / "m.png", "histo", "p", "A",
     )  # fmt: skip
+
+
+def broken_png() -> bytes:
+    """A picture whose second IDAT has a name that is none: Pillow raises SyntaxError."""
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (256, 256, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    content = bytearray(stream.getvalue())
+    second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    content[second : second + 4] = b"\x00\x01\x02\x03"
+    return bytes(content)
+
+
+def bomb() -> bytes:
+    """A PNG whose header says that it has 10^10 pixels."""
+    stream = io.BytesIO()
+    Image.new("L", (1, 1)).save(stream, "PNG")
+    content = bytearray(stream.getvalue())
+    content[16:24] = struct.pack(">II", 100_000, 100_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"), [(broken_png, SyntaxError), (bomb, Image.DecompressionBombError)]
+)
+def test_whatever_is_wrong_with_a_picture_its_file_is_named(
+    tmp_path: Path, make: Callable[[], bytes], kind: type[Exception]
+) -> None:
+    (tmp_path / "a.png").write_bytes(make())
+    row = '{"file_name": "a.png", "label": "benign", "mask": "a.png"}\n'
+    (tmp_path / "metadata.jsonl").write_text(row)
+    with pytest.raises(kind), Image.open(tmp_path / "a.png") as image:
+        image.load()
+    samples = data.read(tmp_path)
+    with pytest.raises(data.DatasetError, match=r"a\.png cannot be read as a picture"):
+        data.load_images(samples, 32)
+    with pytest.raises(data.DatasetError, match=r"a\.png cannot be read as a mask"):
+        data.load_mask(samples[0], 32)

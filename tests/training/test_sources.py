@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from dermaflux.errors import DatasetError
 from tests.training import published
 from training import curate, importing, labels
 from training.sources import table
-from training.sources.found import Found
+from training.sources.found import Found, Pictures
 
 MAP = labels.read()
 
@@ -355,3 +358,153 @@ def test_a_site_can_bring_its_own_map(tmp_path: Path) -> None:
     records = {Path(one.file_name).stem: one for one in dataset.read(tmp_path / "out")}
     assert records["ISIC_0000003"].label == "malignant"
     assert records["ISIC_0000003"].more["label_map"] == "ours-1"
+
+
+def test_an_import_into_a_finished_dataset_keeps_what_was_made_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "published", tmp_path / "out"
+    published.ham10000(folder)
+    (folder / "HAM10000_images_part_1" / "ISIC_0025030.jpg").unlink()
+    command = ["import", "ham10000", str(folder), "--out", str(out)]
+    assert curate.main(command) == 0
+    own = [
+        dataclasses.replace(
+            one, text="a caption", split="test", group="united", border="irregular", mask=None,
+            more={**one.more, "source_group": one.group, "seed": 7},
+        )
+        for one in dataset.read(out)
+    ]  # fmt: skip
+    dataset.write(out, own)
+    content = (out / dataset.METADATA).read_bytes()
+    capsys.readouterr()
+    assert curate.main(command) == 0
+    assert (out / dataset.METADATA).read_bytes() == content
+    assert "its 2 records stay as they are, 0 were added" in capsys.readouterr().err
+
+    published.picture(folder / "HAM10000_images_part_1" / "ISIC_0025030.jpg")
+    assert curate.main(command) == 0
+    captured = capsys.readouterr()
+    assert "its 2 records stay as they are, 1 were added" in captured.err
+    assert json.loads(captured.out)["images"] == 3
+    *kept, added = dataset.read(out)
+    assert kept == own
+    # The other picture of its lesion was put into the test split.
+    assert (added.file_name, added.text) == ("images/ISIC_0025030.jpg", "")
+    assert (added.group, added.split) == ("united", "test")
+
+
+@pytest.mark.parametrize("cells", [",", "", "0.0,", "0.0,x", "nan,0.0", "0.0,0.5", "-1,0"])
+def test_a_truth_that_is_cut_is_no_nevus(tmp_path: Path, cells: str) -> None:
+    published.isic2017(tmp_path)
+    file = next(tmp_path.rglob("ISIC-2017_Training_Part3_GroundTruth.csv"))
+    text = file.read_text()
+    assert "ISIC_0000012,0.0,0.0" in text
+    file.write_text(text.replace("ISIC_0000012,0.0,0.0", f"ISIC_0000012,{cells}".rstrip()))
+    with pytest.raises(DatasetError, match=r"Training_Part3_GroundTruth\.csv, row ISIC_0000012: "):
+        list(table.named("isic2017").read(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["isic2019", "milk10k"])
+def test_a_cut_row_of_many_classes_is_an_error(tmp_path: Path, name: str) -> None:
+    published.PACKED[name](tmp_path)
+    file = next(tmp_path.rglob("*_Training_GroundTruth.csv"))
+    lines = file.read_text().splitlines()
+    lines[1] = lines[1].split(",")[0] + ",0.0"
+    file.write_text("\n".join(lines))
+    with pytest.raises(DatasetError, match=r"GroundTruth\.csv, row I.*0 or 1 is needed"):
+        list(table.named(name).read(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('version = "1"\ndiagnoses = 3', "diagnoses needs a table"),
+        ('version = "1"\n[diagnoses]\nx = ["nevus"]', "no diagnosis we know"),
+        ('version = "1"\n[left_out]\nx = 3', "left_out, 'x' needs its reason"),
+        ('version = "1"\nfoo = 3', "foo needs a table"),
+        ('version = "1"\n[ddi]\nname = "x"\nlicence = "x"\nattribution = "x"\nclasses = 3',
+         "classes needs a table"),
+        ('version = "1"\n[ddi]\nname = "x"\nlicence = 3\nattribution = "x"\n[ddi.classes]',
+         "licence needs a text"),
+        ('version = "1"\n[ddi]\nname = "x"\nlicence = "x"\nattribution = "x"\nclasses.a = 3',
+         "class 'a' needs a table"),
+        ('version = "1"\n[ddi]\nname = "x"\nlicence = "x"\nattribution = "x"\n'
+         "classes.a = { label = [1] }", "label needs a word"),
+        ('version = "1"', r"no section \[ddi\]"),
+        ('version = "1"\nx = ' + "[" * 5000 + "]" * 5000, "map of labels|needs a table"),
+    ],
+)  # fmt: skip
+def test_a_map_of_another_kind_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    published.ddi(tmp_path / "published")
+    (tmp_path / "map.toml").write_text(text)
+    command = ["import", "ddi", str(tmp_path / "published"), "--out", str(tmp_path / "out")]
+    assert curate.main([*command, "--labels", str(tmp_path / "map.toml")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(said, error)
+    assert "map.toml" in error
+
+
+def test_links_to_folders_are_followed_and_never_round(tmp_path: Path) -> None:
+    published.isic2017(tmp_path / "disk")
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for place in (tmp_path / "disk").iterdir():
+        (folder / place.name).symlink_to(place)
+    data = tmp_path / "disk" / "ISIC-2017_Training_Data"
+    (data / "round").symlink_to(data)
+    (data / "up").symlink_to(tmp_path)
+    published.picture(tmp_path / "disk" / "other.jpg")
+    (folder / "again").symlink_to(data)
+    (folder / "self").symlink_to(folder)
+    found = list(table.named("isic2017").read(folder))
+    assert len([one for one in found if one.file]) == 9
+    assert [one.age for one in found[:3]] == [55, None, 85]
+    everything = Pictures.under(folder).all()
+    assert len(everything) == len({file.resolve() for file in everything})
+    assert not [file for file in everything if file.name == "other.jpg"]
+
+
+def test_reasons_are_alike_in_every_import(tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    published.ham10000(folder)
+    next(folder.rglob("ISIC_0025030.jpg")).write_bytes(b"no picture")
+    next(folder.rglob("*_segmentation.png")).write_bytes(b"no picture")
+    summary, _ = imported("ham10000", folder, tmp_path / "out")
+    assert summary["broken_images"] == {"ISIC_0025030": "cannot identify image file"}
+    notes = (tmp_path / "out" / importing.PROGRESS).read_text()
+    assert " at 0x" not in notes
+    assert str(folder / "HAM") not in notes
+
+
+def test_an_import_on_a_full_disk_names_the_file_and_goes_on_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published.ham10000(tmp_path / "published")
+    command = ["import", "ham10000", str(tmp_path / "published"), "--out", str(tmp_path / "out")]
+    write = Path.write_bytes
+
+    def full(self: Path, content: bytes) -> int:
+        if self.name.startswith(".ISIC_0027419.png"):
+            write(self, content[:7])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert curate.main(command) == 2
+    mask = tmp_path / "out" / "masks" / "ISIC_0027419.png"
+    assert f"{mask} cannot be written: No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.part"))
+    monkeypatch.setattr(Path, "write_bytes", write)
+    assert curate.main(command) == 0
+    assert mask.is_file()
+
+
+def test_a_name_that_no_record_can_hold_costs_its_picture_alone(tmp_path: Path) -> None:
+    published.kaggle2(tmp_path / "published")
+    odd = tmp_path / "published" / "train" / "Benign" / "\udcff.jpg"
+    odd.write_bytes(next((tmp_path / "published").rglob("6299.jpg")).read_bytes())
+    summary, records = imported("kaggle2", tmp_path / "published", tmp_path / "out")
+    assert (len(records), summary["broken"]) == (4, 1)

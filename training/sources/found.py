@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -88,13 +89,12 @@ class Pictures:
         files: dict[str, Path] = {}
         everything: list[Path] = []
         packed: list[str] = []
-        for place, folders, names in os.walk(folder):
-            folders.sort()
-            for name in sorted(names):
+        for place, names in _walked(folder):
+            for name in names:
                 stem, suffix = os.path.splitext(name)
                 if suffix.lower() in SUFFIXES and not name.startswith("."):
-                    files.setdefault(stem, Path(place) / name)
-                    everything.append(Path(place) / name)
+                    files.setdefault(stem, place / name)
+                    everything.append(place / name)
                 elif suffix.lower() in (".zip", ".hdf5", ".gz", ".7z"):
                     packed.append(name)
         if not files:
@@ -117,11 +117,39 @@ def locate(folder: Path, *names: str) -> Path | None:
     for name in names:
         if (folder / name).is_file():
             return folder / name
+    found: dict[str, list[Path]] = {name: [] for name in names}
+    for place, inside in _walked(folder):
+        for name in found.keys() & set(inside):
+            if (place / name).is_file():
+                found[name].append(place / name)
     for name in names:
-        found = sorted(folder.rglob(name), key=lambda path: (len(path.parts), path))
-        if found := [path for path in found if path.is_file()]:
-            return found[0]
+        if found[name]:
+            return min(found[name], key=lambda path: (len(path.parts), path))
     return None
+
+
+def _walked(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below and its files, sorted; those that links lead to come last, and once.
+
+    Large collections often lie on another disk. Links back up, which would go round for ever, are
+    not followed.
+    """
+    seen: set[str] = set()
+    waiting = deque([os.fspath(folder)])
+    while waiting:
+        for place, folders, names in os.walk(waiting.popleft()):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            for path in (os.path.join(place, name) for name in folders):
+                above = os.path.join(os.path.realpath(path), "")
+                ways = (os.path.join(real, ""), os.path.join(os.path.realpath(folder), ""))
+                if os.path.islink(path) and not any(way.startswith(above) for way in ways):
+                    waiting.append(path)
+            yield Path(place), sorted(names)
 
 
 def table(folder: Path, name: str | Sequence[str], columns: Sequence[str]) -> list[dict[str, str]]:
@@ -163,16 +191,23 @@ def by(rows: Sequence[Mapping[str, str]], column: str) -> dict[str, Mapping[str,
 
 
 def chosen(row: Mapping[str, str], columns: Sequence[str], file: str) -> str:
-    """The one column of a one-hot row that is 1, in lower case; empty where none is.
+    """The one column of a one-hot row that is 1, in lower case; empty where all are 0.
+
+    Columns that the table does not have are left out.
 
     Raises:
-        DatasetError: several are.
+        DatasetError: several are 1, or a cell is neither 0 nor 1, as where the row is cut.
     """
+    name = next(iter(row.values())) or "a row without a name"
+    for column in columns:
+        if column in row and number(row[column]) not in (0, 1):
+            raise DatasetError(
+                f"{file}, row {name}: {column} is {row[column]!r}; 0 or 1 is needed. Get the "
+                "table again, or mend the row"
+            )
     hot = [column for column in columns if number(row.get(column, "")) == 1]
     if len(hot) > 1:
-        raise DatasetError(
-            f"{file}: {next(iter(row.values()))} is {' and '.join(hot)}; one is needed"
-        )
+        raise DatasetError(f"{file}, row {name}: it is {' and '.join(hot)}; one is needed")
     return hot[0].lower() if hot else ""
 
 

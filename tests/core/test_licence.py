@@ -164,3 +164,17 @@ def test_it_is_python_alone():
     code = "import sys, dermaflux.licence; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split()[0] == "False"
+
+
+@pytest.mark.parametrize("text", ["", " ", "none", "other", "unknown: see elsewhere"])
+def test_what_nobody_stated_is_accepted_by_its_name_alone(text):
+    with pytest.raises(LicenceError, match=f"{text!r} names no licence.* or unknown for those"):
+        require([Ingredient("a folder", "")], "private", [text])
+
+
+def test_a_captioner_keeps_its_sha256():
+    found = Ingredient.of(
+        {"name": "Llama", "licence": "llama3.2", "kind": "captions", "sha256": "ab"}
+    )
+    assert (found.kind, found.sha256) == ("captions", "ab")
+    assert combined([found]).name_begins == "Llama"

@@ -423,3 +423,53 @@ def test_layers_that_a_layout_cannot_name(tmp_path):
     with pytest.raises(AdapterError, match="layout 'other' is not known"):
         adapter.write(tmp_path / "a.safetensors", odd, "other")
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("text", ["[]", '["transformer.lora_alpha"]', "3", "[" * 100_000])
+def test_settings_that_are_no_object_are_refused(tmp_path, layout, text):
+    layers = {"transformer.proj_out": Factors(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
+    file = tmp_path / "a.safetensors"
+    adapter.write(file, Adapter(layers), layout)
+    key = {"diffusers": "lora_adapter_metadata", "kohya": "dermaflux.ranks"}[layout]
+    save_file(load_file(file), file, {key: text})
+    words = "an object of settings is needed" if len(text) < 99 else "recursion"
+    with pytest.raises(AdapterError, match=f"its metadata cannot be used: .*{words}"):
+        adapter.read(file)
+
+
+def test_an_alpha_that_is_no_number_is_refused(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file(GOOD, file, {"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'})
+    with pytest.raises(AdapterError, match="an alpha of nan"):
+        adapter.read(file)
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (b"[" * 100_000, "its header is no JSON"),
+        (b"[1]", "not the object of tensors"),
+        (b'{"a": []}', "not the object of tensors"),
+        (b'{"__metadata__": []}', "not the object of tensors"),
+    ],
+)
+def test_headers_that_are_none_are_told_plainly(tmp_path, header, words):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(AdapterError, match=words) as refused:
+        adapter.read(file)
+    assert "Error(" not in str(refused.value)
+
+
+@pytest.mark.parametrize("length", [640, 1152, 19280])
+def test_a_header_as_long_as_a_pickle_begins_is_none(tmp_path, length):
+    file = tmp_path / "a.safetensors"
+    save_file(GOOD, file)
+    whole = file.read_bytes()
+    old = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + old].ljust(length)
+    file.write_bytes(length.to_bytes(8, "little") + header + whole[8 + old :])
+    assert file.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04")
+    assert load_file(file).keys() == GOOD.keys()
+    assert adapter.read(file).layers

@@ -348,3 +348,19 @@ def test_options_of_another_mode_are_refused(
             caption.main([str(folder), *wrong])
     assert "--label-blind goes with --model only" in capsys.readouterr().err
     assert caption.main([str(folder / "none"), "--attributes"]) == 2
+
+
+def test_an_empty_text_takes_no_other_ones_place(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps({"0.png": "one", "1.png": " \n", "2.png": ""}))
+    assert caption.main([str(folder), "--import", str(file)]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (summary["captioned"], summary["without"], summary["failed"]) == (1, PICTURES - 1, 2)
+    assert summary["failures"] == dict.fromkeys(("1.png", "2.png"), "its text is empty")
+    assert texts(folder)[:3] == ["one", "before", "before"]
+    assert "caption" not in dataset.read(folder)[1].more
+    file.write_text(json.dumps({"1.png": ""}))
+    with pytest.raises(DatasetError, match="all 1 texts of .* are empty"):
+        caption.run_import(folder, file)

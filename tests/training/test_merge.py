@@ -458,3 +458,128 @@ def test_the_command(base, tmp_path, capsys):
 )
 def test_weights_behind_a_colon(text, path, weight):
     assert merge.weighted(text) == (Path(path), weight)
+
+
+LLAMA = {
+    "name": "Llama-3.2-11B-Vision", "licence": "llama3.2", "sha256": "cd" * 32, "kind": "captions",
+}  # fmt: skip
+CC0 = {"data": json.dumps([{"source": "ISIC 2017", "licence": "CC0-1.0"}])}
+
+
+def test_the_licence_of_captions_and_whom_data_are_to_be_attributed_to(base, tmp_path):
+    data = [{"source": "ISIC 2019", "licence": "CC BY 4.0", "attribution": "Hospital Clinic"}]
+    about = {"data": json.dumps(data), "captions": json.dumps([LLAMA])}
+    file = saved(tmp_path / "a.safetensors", Adapter(drawn(base, only=Q).layers, about))
+    with pytest.raises(DermaFluxError, match=r"11B-Vision .*begins with 'Llama', not out"):
+        merged(base, tmp_path / "out", (file, 1.0))
+    made = merged(base, tmp_path / "Llama-out", (file, 1.0))
+    assert made["licence"] == "LicenseRef-Llama-3.2"
+    assert any("Built with Llama" in duty for duty in made["duties"])
+    stated = json.loads((tmp_path / "Llama-out" / "provenance.json").read_text())
+    assert "Hospital Clinic" in stated["attributions"]
+    found = {one["name"]: one for one in stated["ingredients"]}
+    assert found["ISIC 2019"]["attribution"] == "Hospital Clinic"
+    assert LLAMA.items() <= found["Llama-3.2-11B-Vision"].items()
+
+
+def test_captions_stand_for_no_data_and_have_to_be_a_list(base, tmp_path):
+    layers = drawn(base, only=Q).layers
+    for name, captions, words in (
+        ("a", json.dumps([LLAMA | {"licence": "MIT"}]), r"a \(unknown\) states no licence"),
+        ("b", json.dumps(LLAMA), "has captions .* JSON list of objects with name and licence"),
+        ("c", "[" * 100_000, "has captions .* JSON list of objects with name and licence"),
+        ("d", '["Llama"]', "needed are objects with name and licence"),
+    ):
+        file = saved(tmp_path / f"{name}.safetensors", Adapter(layers, {"captions": captions}))
+        with pytest.raises(DermaFluxError, match=words):
+            merged(base, tmp_path / "out", (file, 1.0))
+
+
+def test_the_terms_of_a_classifier_that_is_copied_count(base, tmp_path, capsys):
+    stated = json.loads((base / "provenance.json").read_text())
+    stated["ingredients"] = [
+        {"name": "ISIC", "kind": "data", "licence": "CC0-1.0", "used_for": "generator"},
+        {"name": "HAM", "kind": "data", "licence": "CC BY-NC 4.0", "used_for": "classifier"},
+    ]
+    (base / "provenance.json").write_text(json.dumps(stated))
+    free = saved(tmp_path / "a.safetensors", Adapter(drawn(base, only=Q).layers, CC0))
+    arguments = [str(base), str(free), "--use", "commercial", "--out"]
+    assert merge.main([*arguments, str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "HAM (CC-BY-NC-4.0) forbids commercial use" in said
+    assert "--without-classifier leaves classifier/ out" in said
+    made = merged(base, tmp_path / "both", (free, 1.0))
+    assert (made["licence"], made["uses"]) == ("CC-BY-NC-4.0", ["private", "research"])
+    assert merge.main([*arguments, str(tmp_path / "out"), "--without-classifier"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["licence"], last["uses"][-1]) == ("Apache-2.0", "commercial")
+    assert "classifier/config.json" in last["left_out"]
+    assert not (tmp_path / "out" / "classifier").exists()
+    written = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert [one["name"] for one in written["ingredients"]] == ["ISIC", "ISIC 2017"]
+    # Where the adapter forbids it, leaving the classifier out is no way.
+    ham = saved(tmp_path / "b.safetensors", drawn(base, only=Q))
+    shutil.rmtree(base / "classifier")
+    with pytest.raises(DermaFluxError) as refused:
+        merged(base, tmp_path / "c", (ham, 1.0), use="commercial")
+    assert "classifier" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{bad", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ("[]", "holds a list"),
+        ('{"weight_map": []}', "a weight_map that is a list"),
+        ('{"weight_map": {"a": 1}}', "the file name 1"),
+        ('{"metadata": 3}', "metadata that is a int"),
+    ],
+)
+def test_an_index_that_is_none(base, tmp_path, text, words):
+    file = saved(tmp_path / "a.safetensors", drawn(base, only=Q))
+    index = next((base / "transformer").glob("*.index.json"))
+    index.write_text(text)
+    with pytest.raises(DermaFluxError, match=f"index.json .*{words}.*get the base again"):
+        merged(base, tmp_path / "out", (file, 1.0))
+    with pytest.raises(DermaFluxError, match=words):
+        merge_files.count(index)
+
+
+def test_adapters_of_one_name_are_told_apart(base, tmp_path):
+    layers = drawn(base, only=Q).layers
+
+    def named(path: str, wording: str) -> Path:
+        about = CC0 | {"name": "a", "wording": wording}
+        return saved(tmp_path / path, Adapter(layers, about))
+
+    files = named("a/adapter.safetensors", "1"), named("a/step-9.safetensors", "2")
+    merged(base, tmp_path / "out", *((file, 0.5) for file in files))
+    stated = json.loads((tmp_path / "out" / "provenance.json").read_text())["adapters"]
+    assert [one["name"] for one in stated] == ["a (adapter.safetensors)", "a (step-9.safetensors)"]
+    assert [one["file"] for one in stated] == [file.name for file in files]
+    other = named("b/adapter.safetensors", "3")
+    merged(base, tmp_path / "two", (files[0], 0.5), (other, 0.5))
+    stated = json.loads((tmp_path / "two" / "provenance.json").read_text())["adapters"]
+    assert [one["name"] for one in stated] == [f"a ({one['sha256'][:8]})" for one in stated]
+    assert len({one["name"] for one in stated}) == 2
+
+
+def test_an_adapter_of_weight_nought_is_no_ingredient(base, tmp_path, caplog):
+    layers = drawn(base, only=Q).layers
+    none = saved(tmp_path / "mystery.safetensors", Adapter(layers))
+    free = saved(tmp_path / "free.safetensors", Adapter(layers, CC0))
+    made = merged(base, tmp_path / "out", (none, 0.0), (free, 1.0))
+    assert "mystery has the weight 0 and the scale 1, so nothing of it is merged" in caplog.text
+    assert "free" not in caplog.text
+    assert made["adapters"] == 1
+    assert "mystery" not in (tmp_path / "out" / "provenance.json").read_text()
+
+
+def test_a_licence_without_a_name_is_not_accepted(base, tmp_path, capsys):
+    none = saved(tmp_path / "a.safetensors", Adapter(drawn(base, only=Q).layers))
+    arguments = [str(base), str(none), "--out", str(tmp_path / "out"), "--accept-licence"]
+    assert merge.main([*arguments, ""]) == 2
+    assert "error: '' names no licence" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert merge.main([*arguments, "unknown"]) == 0

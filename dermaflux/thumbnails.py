@@ -15,6 +15,7 @@ from __future__ import annotations
 import lzma
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -44,6 +45,7 @@ UNREADABLE: Final = (
 _DAMAGED: Final = (
     OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, MemoryError, RuntimeError,
     NotImplementedError, SyntaxError, struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
+    tokenize.TokenError,
 )  # fmt: skip
 """What zipfile and numpy raise of damaged archives: flipped bits may change sizes and methods."""
 

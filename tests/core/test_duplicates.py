@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,6 +214,15 @@ def test_a_stream_that_does_not_unpack_is_refused(
     start = damaged.index(b"thumbs.npy")
     damaged[start + 60 : start + 100] = b"\xff" * 40
     file.write_bytes(damaged)
+    with pytest.raises(DatasetError, match=r"seen\.npz is no index"):
+        thumbnails.Index.load(file)
+
+
+def test_a_header_that_does_not_end_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "seen.npz"
+    header = b"{'descr': '|u1', 'fortran_order': (\n"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("thumbs.npy", b"\x93NUMPY\x01\x00" + bytes([len(header), 0]) + header)
     with pytest.raises(DatasetError, match=r"seen\.npz is no index"):
         thumbnails.Index.load(file)
 

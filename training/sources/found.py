@@ -135,6 +135,7 @@ def _walked(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     not followed.
     """
     seen: set[str] = set()
+    root = os.path.join(os.path.realpath(folder), "")
     waiting = deque([os.fspath(folder)])
     while waiting:
         for place, folders, names in os.walk(waiting.popleft()):
@@ -146,8 +147,8 @@ def _walked(folder: Path) -> Iterator[tuple[Path, list[str]]]:
             folders.sort()
             for path in (os.path.join(place, name) for name in folders):
                 above = os.path.join(os.path.realpath(path), "")
-                ways = (os.path.join(real, ""), os.path.join(os.path.realpath(folder), ""))
-                if os.path.islink(path) and not any(way.startswith(above) for way in ways):
+                back = root.startswith(above) or os.path.join(real, "").startswith(above)
+                if os.path.islink(path) and not back:
                     waiting.append(path)
             yield Path(place), sorted(names)
 

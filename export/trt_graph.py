@@ -93,10 +93,13 @@ class View:
             known = given and constants.issuperset(given) and not inner
             if node.op_type == "Constant" or known:
                 constants.update(node.output)
-        types = {v.name: v.type.tensor_type.elem_type for v in values}
-        for node in _nodes(graph):
-            # What inference does not reach: it leaves bodies of subgraphs as they are.
-            types |= {name: _says(node) for name in node.output[:1] if not types.get(name)}
+        # What inference does not reach, bodies of subgraphs, is typed by what nodes say.
+        said = [(name, _says(node)) for node in _nodes(graph) for name in node.output[:1]]
+        types: dict[str, int] = {}
+        for name, kind in (*((v.name, v.type.tensor_type.elem_type) for v in values), *said):
+            # Two branches may have one name for two tensors; the type that nothing takes stays.
+            if kind == TensorProto.DOUBLE or not types.get(name):
+                types[name] = kind
         return cls(
             path,
             model,
@@ -238,8 +241,10 @@ def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
 
 def _says(node: NodeProto) -> int:
     """The type that a node itself gives its output; 0 where it does not."""
-    if node.op_type == "Cast":
-        return int(attribute(node, "to", 0))
+    for name in ("to", "dtype"):
+        kind = attribute(node, name)
+        if isinstance(kind, int):
+            return kind
     value = attribute(node, "value") if node.op_type == "Constant" else None
     return value.data_type if isinstance(value, TensorProto) else 0
 

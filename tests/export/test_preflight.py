@@ -249,6 +249,16 @@ _turned_in_a_branch = _branch(
 )
 
 
+def _double_in_one_of_two_branches(model: ModelProto) -> None:
+    """The other branch has a float of the same name."""
+    _double_in_a_branch(model)
+    other = by_name(model, "normed_If").attribute[1].g
+    other.node[0].output[0] = "wide"
+    other.node.append(helper.make_node("Cast", ["wide"], ["other"], to=TensorProto.FLOAT))
+    other.node[0].op_type = "Cast"
+    other.node[0].attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
+
+
 def _output_of_another_part(model: ModelProto) -> None:
     model.graph.output[0].name = by_name(model, "add").output[0] = "sample"
 
@@ -318,6 +328,7 @@ def _wrong_type(model: ModelProto) -> None:
         (_turned_behind("Neg", "Identity"), "leftover", "turns the weight"),
         (_turned_in_a_branch, "leftover", "Transpose turn_inner: turns the weight inner"),
         (_double_in_a_branch, "type", "Sqrt root: wide: DOUBLE"),
+        (_double_in_one_of_two_branches, "type", "Sqrt root: wide: DOUBLE"),
         (_double_weight_in_a_branch, "type", "one: DOUBLE"),
         (_double_constant_in_a_branch, "type", "one: DOUBLE"),
         (_output_of_another_part, "name", "sample: is no output of transformer; it has out_hidden"),

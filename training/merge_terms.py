@@ -21,6 +21,7 @@ from typing import Any
 
 from dermaflux import licence as licences
 from dermaflux.checkpoint import UNKNOWN_LICENCE, Checkpoint
+from dermaflux.errors import BundleError
 from dermaflux.licence import Ingredient, LicenceError, Terms
 from training.factors import AdapterError
 
@@ -132,9 +133,18 @@ def of_base(base: Checkpoint, classifier: bool = True) -> tuple[str, list[Ingred
 
 
 def _copied(base: Checkpoint, classifier: bool) -> list[Mapping[str, Any]]:
-    """The base's ingredients that stand for something which is copied."""
+    """The base's ingredients that stand for something which is copied.
+
+    Raises:
+        BundleError: they are no list of objects.
+    """
     there = classifier and (base.path / "classifier").is_dir()
-    stated = base.provenance.get("ingredients") or ()
+    stated = base.provenance.get("ingredients") or []
+    if not isinstance(stated, list) or not all(isinstance(one, dict) for one in stated):
+        raise BundleError(
+            f"{base.path / 'provenance.json'} has ingredients {str(stated)[:60]!r}, and a list of "
+            "objects with name and licence is needed; get the base again"
+        )
     return [one for one in stated if there or one.get("used_for") != "classifier"]
 
 

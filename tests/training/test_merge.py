@@ -583,3 +583,12 @@ def test_a_licence_without_a_name_is_not_accepted(base, tmp_path, capsys):
     assert "error: '' names no licence" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert merge.main([*arguments, "unknown"]) == 0
+
+
+@pytest.mark.parametrize("ingredients", ["x", {"a": 1}, ["x"]])
+def test_ingredients_of_a_base_that_are_none(base, tmp_path, ingredients):
+    stated = json.loads((base / "provenance.json").read_text()) | {"ingredients": ingredients}
+    (base / "provenance.json").write_text(json.dumps(stated))
+    file = saved(tmp_path / "a.safetensors", drawn(base, only=Q))
+    with pytest.raises(DermaFluxError, match="provenance.json has ingredients .* get the base"):
+        merged(base, tmp_path / "out", (file, 1.0))

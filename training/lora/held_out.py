@@ -23,6 +23,7 @@ from dermaflux.thumbnails import Index
 from training import data, leaks
 from training.lora.corpus import Item, sha256
 from training.lora.settings import Settings
+from training.lora.state import saving
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +72,10 @@ def _seen(file: Path, items: Sequence[Item]) -> Index:
     # Pictures that cannot be decoded are not trained on either.
     looked = [(item.file, item.record.group) for item in items]
     index = leaks.look(looked, _THREADS, _bar("pictures looked at")).index
-    index.save(file)
-    told = {"pictures": pictures, "index": sha256(file)}
-    files.write(made_of, (json.dumps(told) + "\n").encode())
+    with saving("what is trained on", file, file.parent):
+        index.save(file)
+        told = {"pictures": pictures, "index": sha256(file)}
+        files.write(made_of, (json.dumps(told) + "\n").encode())
     return index
 
 

@@ -15,8 +15,7 @@ import logging
 import resource
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from training.lora.state import STATE, cut_log, unsaved
+from training.lora.state import StateError, cut_log, saving
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +106,8 @@ class Journal:
             with self._written(self._folder / "tensorboard"):
                 self._board.add_image(name, image, step, dataformats="HWC")
 
-    @contextmanager
-    def _written(self, file: Path) -> Iterator[None]:
-        """What the disk refuses within the block is a StateError about `file`."""
-        try:
-            yield
-        except OSError as error:
-            raise unsaved(self._step, file, self._folder / STATE, error) from error
+    def _written(self, file: Path) -> AbstractContextManager[None]:
+        return saving(f"step {self._step}", file, self._folder)
 
     def __enter__(self) -> Journal:
         self._hook = threading.excepthook
@@ -153,14 +147,10 @@ class Journal:
         self._bar.close()
         try:
             for name, one in (("tensorboard", self._board), ("log.jsonl", self._lines)):
-                try:
+                # What ended the block comes first.
+                ignored = suppress(StateError) if error is not None else nullcontext()
+                with ignored, self._written(self._folder / name):
                     if one is not None:
                         one.close()
-                except OSError as full:
-                    # What ended the block comes first.
-                    if error is None:
-                        raise unsaved(
-                            self._step, self._folder / name, self._folder / STATE, full
-                        ) from full
         finally:
             threading.excepthook = self._hook

@@ -40,7 +40,7 @@ from training.lora.journal import Journal, peak_bytes
 from training.lora.layers import parameters
 from training.lora.prepare import Place, prepare
 from training.lora.preview import Previews, sheet
-from training.lora.results import ADAPTER, is_written, write_adapter, write_seen
+from training.lora.results import ADAPTER, SEEN, is_written, write_adapter, write_seen
 from training.lora.settings import Settings, SettingsError, write
 from training.lora.spread import Spread
 from training.lora.state import STATE, StateError, whole
@@ -127,8 +127,10 @@ class _Run:
         """All steps that are left, and the adapter; the report."""
         settings, place, data = self.settings, self.place, self.data
         if place.first:
-            files.write(settings.out / "settings.json", write(settings))
-            write_seen(settings.out, data)
+            with state.saving("the run's settings", settings.out / "settings.json", settings.out):
+                files.write(settings.out / "settings.json", write(settings))
+            with state.saving("what is trained on", settings.out / SEEN, settings.out):
+                write_seen(settings.out, data)
         finished = self.step == settings.steps
         if finished:
             log.info("all %d steps are done already; more --steps go on from there", self.step)
@@ -251,11 +253,9 @@ class _Run:
             for number, (prompt, image) in enumerate(drawn):
                 journal.show(self.step, f"{number}: {prompt[:60]}", image)
             file = self.settings.out / "previews" / f"{self.step:07}.png"
-            try:
+            with state.saving(f"step {self.step}", file, self.settings.out):
                 file.parent.mkdir(exist_ok=True)
                 Image.fromarray(sheet([image for _, image in drawn])).save(file)
-            except OSError as error:
-                raise state.unsaved(self.step, file.parent, self.file, error) from error
 
     def _saved(self) -> dict[str, Any] | None:
         """The state to go on from. Raises StateError where it is another run's, or is beyond all

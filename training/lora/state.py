@@ -14,7 +14,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -91,18 +92,30 @@ def write(file: Path, state: Mapping[str, Any]) -> None:
         os.replace(part, file)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise unsaved(state.get("step"), file, file, error) from error
+        raise _unsaved(f"step {state.get('step')}", file, file, error) from error
 
 
-def unsaved(step: int | None, file: Path, state: Path, error: Exception) -> StateError:
-    """What is said where a step could not be written to `file`; `state` is the run's state."""
+@contextmanager
+def saving(what: str, file: Path, folder: Path) -> Iterator[None]:
+    """What the disk refuses within the block is said as `write` says it; `folder` is the run's.
+
+    Raises:
+        StateError: `what` could not be written to `file`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unsaved(what, file, folder / STATE, error) from error
+
+
+def _unsaved(what: str, file: Path, state: Path, error: Exception) -> StateError:
     why = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         why = error.strerror
     free = shutil.disk_usage(file.parent).free
     kept = f"the last good state, {state}, is kept" if state.exists() else "there is no state yet"
     return StateError(
-        f"step {step} could not be saved to {file} ({why}; {free / 1e6:.0f} MB free): {kept}. "
+        f"{what} could not be saved to {file} ({why}; {free / 1e6:.0f} MB free): {kept}. "
         "Free some room and run the same command again"
     )
 

@@ -109,13 +109,15 @@ def measure(
 
 def _calibration(work: Path, checkpoint: Path) -> Calibration:
     """Of one image in as few steps as show that memory does not grow with them."""
-    requests = work / "requests.jsonl"
+    requests, table = work / "requests.jsonl", work / "measured.npz"
+    # One of another model is not replaced.
+    table.unlink(missing_ok=True)
     requests.write_text(json.dumps({"prompt": "a nevus", "steps": _PASSES}) + "\n")
     started = time.monotonic()
     peak = _run(
         [
             *("export.quantize", "--calibrate", str(checkpoint), "--offload", "--dtype", "bf16"),
-            *("--requests", str(requests), "--out", str(work / "measured.npz")),
+            *("--requests", str(requests), "--out", str(table)),
         ]
     )
     return Calibration(_PASSES, round(time.monotonic() - started, 1), peak)

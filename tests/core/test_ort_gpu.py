@@ -260,6 +260,7 @@ def test_a_plan_is_taken_first_and_its_absence_has_a_command(anywhere, tmp_path)
     folder = tmp_path / "engines/8.9_11.4.0_580.1"
     folder.mkdir(parents=True)
     (folder / "transformer_fp8.plan").write_bytes(b"")
+    (folder / "transformer_fp8.plan.json").write_bytes(b"{}")
     choice = choose(bundle, "transformer", machine=CARD)
     assert (choice.engine, choice.precision) == (TENSORRT, "fp8")
     assert choice.rejected == ()

@@ -25,8 +25,11 @@ run: setup $(BUNDLE)/bundle.json
 	DERMAFLUX_BUNDLE=$(BUNDLE) BENTOML_DO_NOT_TRACK=true \
 		$(BIN)/bentoml serve serving.service:DermaFlux --port $(PORT)
 
+# Trainers have a process of their own, as in use: after all engines and servers of the other tests had
+# run in it, a signal that a training test sends to itself once ended the whole process.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/training
+	$(BIN)/python -m pytest tests/training
 
 # Optimum needs transformers 4, so an environment of its own; not part of `make test`.
 .venv-optimum/.complete: pyproject.toml constraints-optimum.txt

@@ -28,7 +28,7 @@ from dermaflux.bundle import GENERATOR_PARTS, TOKENIZERS
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.engines import EAGER, Array, Arrays
 from dermaflux.engines.parts import module
-from dermaflux.errors import BundleError, EngineError
+from dermaflux.errors import BundleError, EngineError, translated
 from dermaflux.tokens import Tokens
 
 PRECISIONS: Final[Mapping[torch.dtype, str]] = {
@@ -208,11 +208,9 @@ def _tokenizer(folder: Path, entry: Any, length: int) -> Tokenizer:
             f"model_index.json has {entry} for {folder.name}, which is no tokenizer of "
             f"transformers {transformers.__version__}; name one, such as PreTrainedTokenizerFast"
         )
-    try:
+    with translated(BundleError, f"{folder} is not a tokenizer that can be converted"):
         opened: Any = kind.from_pretrained(folder, local_files_only=True)
         tokenizer = Tokenizer.from_str(opened.backend_tokenizer.to_str())
-    except Exception as error:  # A dozen kinds, by format and converter.
-        raise BundleError(f"{folder} is not a tokenizer that can be converted: {error}") from error
     if opened.pad_token is None:
         raise BundleError(
             f"{folder} has no pad token, and Flux's text is padded; name one as pad_token in "

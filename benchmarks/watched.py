@@ -61,7 +61,13 @@ class Watched:
                 f"the progress bar told of {len(self.steps)} steps, the last {last}; to leave out "
                 f"{after} it must tell of that one and of later ones: {self.errors[-_WORDS:]}"
             )
-        return (self.steps[last] - self.steps[after]) / (last - after)
+        took = self.steps[last] - self.steps[after]
+        if took <= 0:
+            raise EngineError(
+                f"the progress bar told of steps {after} to {last} at once: too few or too short "
+                "to be timed; take more with --steps"
+            )
+        return took / (last - after)
 
 
 def watch(command: Sequence[str], bar: str, more: Mapping[str, str] | None = None) -> Watched:

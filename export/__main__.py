@@ -30,7 +30,7 @@ from dermaflux.checkpoint import Checkpoint
 from dermaflux.command import ended, option, parsed
 from dermaflux.errors import BundleError, EngineError
 from dermaflux.images import encode_png
-from export.heap import unmap_from
+from export.heap import MAPPED, unmap_from
 from export.parity import require
 from export.prompts import require_seed
 from export.recipes import ENGINES, FILES, MAY_RUN, PRECISIONS, RECIPES
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("export")
 
 DEFAULT: Final = ("fp32", "int8")
-MAPPED: Final = 2**20
-"""Bytes from which blocks of memory go back to the system when they are freed."""
 CALIBRATED_ON: Final = 8
 """Images that ranges are measured on: 160 steps of the embedded default."""
 

@@ -6,7 +6,7 @@ falls to pieces. An export frees some ten thousand tensors of 10 to 30 MB: for 1
 that heap was 3 GB of nothing at the end. A fixed size, as MALLOC_MMAP_THRESHOLD_ sets it from
 outside, keeps the peak where the largest tensor puts it.
 
-    >>> unmap_from(2**20)
+    >>> unmap_from(MAPPED)
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import ctypes
 import ctypes.util
 from typing import Final
 
+MAPPED: Final = 2**20
+"""Bytes: far below a layer's weights, and far above what Python allocates by the million."""
 _M_MMAP_THRESHOLD: Final = -3  # of glibc's malloc.h
 
 

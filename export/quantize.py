@@ -39,6 +39,7 @@ from dermaflux import files
 from dermaflux.checkpoint import Checkpoint
 from dermaflux.command import ended
 from dermaflux.errors import BundleError
+from export.heap import MAPPED, unmap_from
 from export.prompts import require_seed
 from export.recipes import RECIPES, Recipe
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("export").setLevel(logging.INFO)
 
     def work() -> None:
+        unmap_from(MAPPED)
         result = _calibrate(options) if options.calibrate else _sensitivity(options)
         print(json.dumps(result), flush=True)
 

@@ -25,8 +25,8 @@ run: setup $(BUNDLE)/bundle.json
 	DERMAFLUX_BUNDLE=$(BUNDLE) BENTOML_DO_NOT_TRACK=true \
 		$(BIN)/bentoml serve serving.service:DermaFlux --port $(PORT)
 
-# Trainers have a process of their own, as in use: after all engines and servers of the other tests had
-# run in it, a signal that a training test sends to itself once ended the whole process.
+# Trainers have a process of their own, as in use. In one process with all other tests the suite once
+# ended in a segmentation fault in tests/training/test_lora_run.py; the cause is not known.
 test: setup
 	$(BIN)/python -m pytest --ignore=tests/training
 	$(BIN)/python -m pytest tests/training

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -229,37 +229,43 @@ class Pipeline:
             RequestError: given latents have another shape.
             EngineError: an engine failed, or an image does not fit in memory.
         """
-        turn = self.engines.turn if isinstance(self.engines, InTurns) else nullcontext()
-        with turn:
-            return self._generate(requests, latents, on_step, cancelled)
+        with self._turn():
+            return self.develop(
+                self.latents(requests, noise=latents, on_step=on_step, cancelled=cancelled),
+                cancelled=cancelled,
+            )
 
-    def _generate(
+    def latents(
         self,
         requests: Sequence[Request],
-        latents: Sequence[NDArray[Any] | None] | None,
-        on_step: Callable[[Progress], None] | None,
-        cancelled: Callable[[], bool] | None,
-    ) -> list[Pixels]:
-        """Stage by stage over all batches, so that engines that take turns do so once."""
+        *,
+        noise: Sequence[NDArray[Any] | None] | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Floats]:
+        """`generate` without its last stage: denoised latents float32 [C, h, w], one a request.
+
+        For whoever develops them elsewhere, in another thread say, while the next are denoised.
+        """
         if not requests:
             return []
-        batches = list(self._batches(requests))
-        total = sum(max(requests[item].steps for item in batch) for batch in batches)
-        stop_if(cancelled)
-        texts = self._encode_once([request.prompt for request in requests])
-        finals: list[Floats] = []
-        done = 0
+        with self._turn():
+            batches = list(self._batches([(one.height, one.width) for one in requests]))
+            total = sum(max(requests[item].steps for item in batch) for batch in batches)
+            stop_if(cancelled)
+            texts = self._encode_once([request.prompt for request in requests])
+            finals: dict[int, Floats] = {}
+            done = 0
 
-        def report(batch: list[int], done: int, step: int, moved: tuple[int, ...]) -> None:
-            if on_step is not None:
-                on_step(Progress(done + step, total, tuple(batch[index] for index in moved)))
+            def report(batch: list[int], done: int, step: int, moved: tuple[int, ...]) -> None:
+                if on_step is not None:
+                    on_step(Progress(done + step, total, tuple(batch[index] for index in moved)))
 
-        for batch in batches:
-            members = [requests[item] for item in batch]
-            given = [None if latents is None else latents[item] for item in batch]
-            start = np.stack([self._start(m, g) for m, g in zip(members, given, strict=True)])
-            finals.append(
-                self.denoise(
+            for batch in batches:
+                members = [requests[item] for item in batch]
+                given = [None if noise is None else noise[item] for item in batch]
+                start = np.stack([self._start(m, g) for m, g in zip(members, given, strict=True)])
+                final = self.denoise(
                     start,
                     texts.take(batch),
                     steps=[member.steps for member in members],
@@ -267,13 +273,27 @@ class Pipeline:
                     on_step=partial(report, batch, done),
                     cancelled=cancelled,
                 )
-            )
-            done += max(member.steps for member in members)
+                finals.update(zip(batch, final, strict=True))
+                done += max(member.steps for member in members)
+        return [finals[item] for item in range(len(requests))]
+
+    def develop(
+        self, latents: Sequence[Floats], *, cancelled: Callable[[], bool] | None = None
+    ) -> list[Pixels]:
+        """Latents [C, h, w] -> images uint8 [height, width, 3], in order and in batches."""
+        scale = self.model.scale
+        sizes = [(one.shape[1] * scale, one.shape[2] * scale) for one in latents]
         images: dict[int, Pixels] = {}
-        for batch, final in zip(batches, finals, strict=True):
-            stop_if(cancelled)
-            images.update(zip(batch, self.decode(final), strict=True))
-        return [images[item] for item in range(len(requests))]
+        with self._turn():
+            for batch in self._batches(sizes):
+                stop_if(cancelled)
+                stack = np.stack([latents[item] for item in batch])
+                images.update(zip(batch, self.decode(stack), strict=True))
+        return [images[item] for item in range(len(latents))]
+
+    def _turn(self) -> AbstractContextManager[Any]:
+        """Held over stages that belong together, so that engines which take turns do so once."""
+        return self.engines.turn if isinstance(self.engines, InTurns) else nullcontext()
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Both text encoders over prompts, as one batch. Flux gives them no attention mask."""
@@ -312,14 +332,22 @@ class Pipeline:
         """Latents [B, C, h, w] -> images uint8 [height, width, 3]; see `dermaflux.decode`."""
         return decode(self.engines["vae_decoder"], self.model, latents)
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        sizes: dict[tuple[int, int], list[int]] = {}
-        for item, request in enumerate(requests):
-            sizes.setdefault((request.height, request.width), []).append(item)
-        for size, items in sizes.items():
-            most = self.limits.max_batch if self.plan is None else self.plan.batch(*size)
+    def _batches(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+        alike: dict[tuple[int, int], list[int]] = {}
+        for item, size in enumerate(sizes):
+            alike.setdefault(size, []).append(item)
+        for size, items in alike.items():
+            most = self.batch(*size)
             for start in range(0, len(items), most):
                 yield items[start : start + most]
+
+    def batch(self, height: int, width: int) -> int:
+        """Images of a size that are drawn together at most: the bundle's limit, or what fits.
+
+        Raises:
+            EngineError: not even one fits in memory.
+        """
+        return self.limits.max_batch if self.plan is None else self.plan.batch(height, width)
 
     def _encode_once(self, prompts: Sequence[str]) -> Text:
         unique = list(dict.fromkeys(prompts))

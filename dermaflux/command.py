@@ -29,9 +29,15 @@ STOPPED: Final = 130
 Settings = TypeVar("Settings")
 
 
-def option(text: str, default: Any = MISSING) -> Any:
-    """A field of a command's settings with its help; without a default it is asked for."""
-    return field(default=default, metadata={"help": text})
+def option(
+    text: str, default: Any = MISSING, *, position: bool | None = None, alone: Any = None
+) -> Any:
+    """A field of a command's settings with its help; without a default it is asked for.
+
+    `position` says whether it is given by position, not by name: what has no default is, if nothing
+    is said. `alone` is the value of a name that is given without one.
+    """
+    return field(default=default, metadata={"help": text, "position": position, "alone": alone})
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -44,7 +50,7 @@ def parsed(
 ) -> Settings:
     """The settings of a command line: fields without a default by position, others as options.
 
-    Fields are `str`, `int`, `float`, `Path` (also `| None`), `bool` (a flag) or a tuple of names.
+    A field `dry_run` is the option `--dry-run`. Fields are `str`, `int`, `float`, `Path` (also `| None`), `bool` (a flag) or a tuple of names.
     """
     parser = argparse.ArgumentParser(prog=command, description=description)
     kinds: dict[str, Callable[[str], Any]] = {
@@ -57,12 +63,18 @@ def parsed(
     for one in fields(kind):  # type: ignore[arg-type]
         text = one.metadata["help"]
         typed = str(one.type).removesuffix(" | None")
+        needed = one.default is MISSING
+        name = f"--{one.name.replace('_', '-')}"
         if typed == "bool":
-            parser.add_argument(f"--{one.name}", action="store_true", help=text)
-        elif one.default is MISSING:
-            parser.add_argument(one.name, type=kinds[typed], help=text)
+            parser.add_argument(name, action="store_true", help=text)
+        elif one.metadata["position"] or (needed and one.metadata["position"] is None):
+            more: dict[str, Any] = {} if needed else {"nargs": "?", "default": one.default}
+            parser.add_argument(one.name, type=kinds[typed], help=text, **more)
         else:
-            parser.add_argument(f"--{one.name}", type=kinds[typed], default=one.default, help=text)
+            more = {"required": True} if needed else {"default": one.default}
+            if one.metadata["alone"] is not None:
+                more |= {"nargs": "?", "const": one.metadata["alone"]}
+            parser.add_argument(name, type=kinds[typed], help=text, **more)
     return kind(**vars(parser.parse_args(arguments)))
 
 

@@ -186,15 +186,17 @@ def read(folder: Path) -> list[Record]:
     return records
 
 
-def write(folder: Path, records: Iterable[Record]) -> None:
+def write(folder: Path, records: Iterable[Record], within: Path | None = None) -> None:
     """Write `metadata.jsonl`, whole or not at all; equal records make equal files.
+
+    `within` is where it lies until it is whole; see `files.replacing`.
 
     Raises:
         DatasetError: the folder is not there or takes no files, or the disk is full.
     """
     lines = [json.dumps(record.to_mapping(), ensure_ascii=False) + "\n" for record in records]
     with writing(folder / METADATA):
-        files.write(folder / METADATA, "".join(lines).encode())
+        files.write(folder / METADATA, "".join(lines).encode(), within)
 
 
 @contextmanager

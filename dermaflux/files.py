@@ -14,15 +14,16 @@ from typing import IO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, within: Path | None = None) -> Iterator[IO[bytes]]:
     """A stream whose content is at `path` when the block ends, and nowhere if it fails.
 
-    A temporary file beside it is written, flushed to the disk and renamed over it.
+    A temporary file beside it, or `within` a folder of the same disk (which a later process can
+    sweep after a kill), is written, flushed to the disk and renamed over it.
 
     Raises:
         OSError: the folder is not there or takes no files.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=within or path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
             yield stream
@@ -36,11 +37,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, within: Path | None = None) -> None:
     """Write a file so that no reader ever sees half of it, whatever stops this process.
 
     Raises:
         OSError: the folder is not there or takes no files.
     """
-    with replacing(path) as stream:
+    with replacing(path, within) as stream:
         stream.write(data)

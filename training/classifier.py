@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +23,10 @@ from torch import Tensor, nn
 from dermaflux import files
 from dermaflux.prompt import LABELS
 from training import data
+from training.recipe import Recipe as Recipe
 from training.states import History
 
 _MEAN = _STD = (0.5, 0.5, 0.5)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A training run; the defaults make the embedded default's classifier (2.0 M parameters)."""
-
-    architecture: str = "vit_tiny_patch16_224"
-    model_args: dict[str, Any] = field(
-        default_factory=lambda: {"img_size": 128, "patch_size": 16, "embed_dim": 160,
-                                 "depth": 6, "num_heads": 5, "drop_path_rate": 0.1}
-    )  # fmt: skip
-    size: int = 128  # pixels a side
-    margin: int = 16  # pixels by which pictures are kept larger than `size`, to be cropped from
-    hours: float = 1.0
-    batch: int = 64
-    rate: float = 1e-3
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.05
-    ema: float = 0.998
-    mask_loss: float = 0.5  # weights of the auxiliary losses beside the label's cross-entropy
-    diagnosis_loss: float = 0.5
-    structure_loss: float = 0.3
-    zoom: float = 0.35  # share of the draws that are cropped to the lesion
-    sensitivity: float = 0.95  # the threshold keeps this share of validation's malignant lesions
-    coverage: float = 0.8  # share of validation images that get an answer, the rest abstains
-    seed: int = 0
-    threads: int = 2
-    save_minutes: float = 3.0
 
 
 def build(recipe: Recipe) -> nn.Module:

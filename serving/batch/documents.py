@@ -1,0 +1,122 @@
+"""A YAML file -> plain values, strictly: what YAML lets pass by and nobody meant is refused.
+
+Of two equal keys YAML keeps the last, and an alias of an alias of an alias fills the memory; both
+are errors here, with their line. Only safe values are made: texts, numbers, lists and mappings.
+
+    >>> read(Path("plan.yaml"))
+    {'total': 4375, 'groups': [{'share': 0.5, 'label': 'malignant'}, ...]}
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Final
+
+from dermaflux.errors import DatasetError
+
+MAX_BYTES: Final = 2**17
+"""Written by hand, a thousand groups take half of it; reading it takes two seconds."""
+MAX_DEPTH: Final = 16
+"""Lists and mappings in each other; a plan needs five."""
+_PLAIN: Final = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
+
+def read(file: Path) -> Any:
+    """The value of the file's only document.
+
+    Raises:
+        DatasetError: the file cannot be read, is too large, is no UTF-8 or no YAML, has an alias, a
+            key twice, a tag, or brackets in brackets without end; with the line. Or PyYAML is not
+            installed.
+    """
+    try:
+        # It has no types of its own.
+        yaml: Any = importlib.import_module("yaml")
+    except ImportError:
+        raise DatasetError(
+            f"{file} needs PyYAML, which is not installed; pip install PyYAML"
+        ) from None
+    text = _text(file)
+    try:
+        _check_events(file, yaml, text)
+        loader = yaml.SafeLoader(text)
+        try:
+            return _value(file, yaml, loader, loader.get_single_node())
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise DatasetError(f"{file}{where}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise DatasetError(f"{file} is not YAML: {said}") from error
+
+
+def _text(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise DatasetError(
+                f"{file} has more than {MAX_BYTES} bytes; is it the right file? Split a larger one"
+            )
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{file}, byte {error.start + 1} is not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from error
+    except FileNotFoundError:
+        raise DatasetError(f"there is no file {file}") from None
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _check_events(file: Path, yaml: Any, text: str) -> None:
+    """Refuse aliases and depth before anything is built of them."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise DatasetError(
+                f"{file}, line {line}: aliases (*) are not taken; write it out again"
+            )
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise DatasetError(
+                    f"{file}, line {line}: lists and mappings lie in each other too deeply; use at "
+                    f"most {MAX_DEPTH} levels"
+                )
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _value(file: Path, yaml: Any, loader: Any, node: Any) -> Any:
+    if node is None:
+        return None
+    line = node.start_mark.line + 1
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            return loader.construct_object(node)
+        # A date of month 13, a number of 5,000 digits, !!int of a word.
+        except (ValueError, OverflowError) as error:
+            raise DatasetError(f"{file}, line {line}: {node.value[:40]!r}: {error}") from error
+        # !!bool of a word that is none.
+        except KeyError as error:
+            raise DatasetError(f"{file}, line {line}: {error} is no value of its tag") from error
+    if node.tag not in _PLAIN:
+        raise DatasetError(f"{file}, line {line}: the tag {node.tag} is not taken; leave it out")
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(file, yaml, loader, one) for one in node.value]
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.value == "<<":
+            raise DatasetError(f"{file}, line {line}: a key needs to be a word")
+        key = _value(file, yaml, loader, key_node)
+        if key in found:
+            raise DatasetError(f"{file}, line {line}: {key!r} stands there twice; keep one")
+        found[key] = _value(file, yaml, loader, value_node)
+    return found

@@ -1,26 +1,50 @@
-"""What a classifier's scores are worth: calibration, threshold, AUC with interval, controls.
+"""What a classifier's scores are worth: calibration, threshold, abstention, and the report.
 
-The controls tell lesion from camera: a score on the border alone (no lesion) and on pictures whose
-lesion is painted over. A classifier that separates those has learnt where pictures come from.
+    >>> scale, shift = platt(logits, labels)
+    >>> calibration = calibrate(logits, labels, scale, recipe)  # of the validation split alone
+    >>> figures = report(logits_of, test, calibration, 128, validation=val, out=folder)
+
+The figures are computed from the raw scores by `training.evaluation`; with `out` those scores are
+kept in `scores.csv`, and plots of them in `plots/`. The controls tell lesion from camera: a score
+on the border alone (no lesion) and on pictures whose lesion is painted over. A classifier that
+separates those has learnt where pictures come from.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageFilter
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
-from dermaflux.prompt import LABELS
-from training import data
-from training.classifier import Recipe
+from dermaflux.errors import DatasetError
+from training import bootstrap, conformal, data, evaluation, metrics
+from training.evaluation import brief, share
+from training.figures import Pixels
+from training.raw_scores import RawScores, probabilities
+from training.recipe import Recipe
 
-Pixels = NDArray[np.uint8]
+__all__ = [
+    "auc",
+    "border_only",
+    "brief",
+    "calibrate",
+    "calibration_error",
+    "lesion_masked",
+    "platt",
+    "probabilities",
+    "report",
+    "share",
+]
+
+SCORES = "scores.csv"
+PLOTS = "plots"
 
 
 def platt(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
@@ -28,29 +52,33 @@ def platt(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float
 
     The shift matters as much as the temperature: half of every training batch is malignant, far
     more than among the pictures that will come.
+
+    Raises:
+        DatasetError: a logit is no number, or there are not both classes.
     """
+    _sound(logits, labels)
     difference = (logits[:, 1] - logits[:, 0])[:, None]
     fit = LogisticRegression(C=np.inf).fit(difference, labels)
     slope = max(float(fit.coef_[0, 0]), 0.05)  # a model that knows nothing has none
     return 1 / slope, float(fit.intercept_[0]) / slope
 
 
-def probabilities(logits: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
-    """Probability of malignant, [N]."""
-    difference = (logits[:, 1] - logits[:, 0]) / scale
-    return np.asarray(1 / (1 + np.exp(-difference)))
-
-
 def calibrate(
-    logits: NDArray[np.float64], labels: NDArray[np.int64], scale: float, recipe: Recipe
-) -> dict[str, Any]:
-    """Threshold and abstention band from the validation split, with the temperature `scale`.
+    logits: NDArray[np.float64], labels: NDArray[np.int64], scale: float, recipe: Recipe,
+    alpha: float = conformal.ALPHA,
+) -> dict[str, Any]:  # fmt: skip
+    """Threshold, abstention band and conformal limits from the validation split at `scale`.
 
     The threshold is the highest that keeps `recipe.sensitivity` of the malignant lesions, rounded
     down to four digits; `validation` states what the written numbers give. The band
     holds the images nearest to it in rank, half on either side, so that `recipe.coverage` of the
-    validation images get an answer.
+    validation images get an answer. `conformal` are the limits of `training.conformal`, whose sets
+    lack the true label of at most `alpha` of each class.
+
+    Raises:
+        DatasetError: a logit is no number, or there are not both classes.
     """
+    _sound(logits, labels)
     scale = round(scale, 4)
     p = probabilities(logits, scale)
     threshold = float(np.quantile(p[labels == 1], 1 - recipe.sensitivity, method="lower"))
@@ -68,6 +96,7 @@ def calibrate(
             math.floor(min(low, written) * 10_000) / 10_000,
             math.ceil(max(high, threshold) * 10_000) / 10_000,
         ],
+        "conformal": conformal.fit(p, labels, alpha),
         "validation": {
             "sensitivity": share(called[labels == 1]),
             "specificity": share(~called[labels == 0]),
@@ -77,39 +106,36 @@ def calibrate(
     }
 
 
-def share(chosen: NDArray[np.bool_]) -> float | None:
-    """How many of [N] are true, to four digits; None of nothing."""
-    return round(float(chosen.mean()), 4) if len(chosen) else None
+def _sound(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> None:
+    if bad := int((~np.isfinite(logits).all(1)).sum()):
+        raise DatasetError(
+            f"{bad} of {len(logits)} validation pictures have scores that are no numbers: the "
+            "training diverged; lower its learning rate"
+        )
+    if len(np.unique(labels)) < 2:
+        raise DatasetError(
+            f"the {len(labels)} validation pictures are of one class; calibration needs both"
+        )
 
 
-def calibration_error(p: NDArray[np.float64], labels: NDArray[np.int64], bins: int = 10) -> float:
-    """Expected calibration error with equal-width bins."""
-    index = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = [
-        abs(p[index == b].mean() - labels[index == b].mean()) * np.mean(index == b)
-        for b in range(bins)
-        if np.any(index == b)
-    ]
-    return float(sum(gaps))
+def calibration_error(
+    p: NDArray[np.float64], labels: NDArray[np.int64], bins: int = metrics.BINS
+) -> float:
+    """Expected calibration error over bins of equal mass (`metrics.calibration_error`)."""
+    return float(metrics.calibration_error(p, labels, bins=bins)[0])
 
 
-def auc(p: NDArray[np.float64], labels: NDArray[np.int64], draws: int = 1000) -> dict[str, Any]:
-    """ROC-AUC with a 95 % bootstrap interval; both None, with a note, without both classes."""
-    counts = {"images": len(p), "malignant": int(labels.sum())}
-    if not 0 < counts["malignant"] < counts["images"]:
-        note = "images of one class only: no AUC" if len(p) else "no images"
-        return {"auc": None, "interval": None, **counts, "note": note}
-    random = np.random.default_rng(0)
-    values: list[float] = []
-    while len(values) < draws:
-        rows = random.integers(len(p), size=len(p))
-        if 0 < labels[rows].sum() < len(rows):
-            values.append(roc_auc_score(labels[rows], p[rows]))
-    return {
-        "auc": round(float(roc_auc_score(labels, p)), 4),
-        "interval": [round(float(v), 4) for v in np.quantile(values, (0.025, 0.975))],
-        **counts,
-    }
+def auc(
+    p: NDArray[np.float64], labels: NDArray[np.int64], draws: int = bootstrap.DRAWS,
+    groups: ArrayLike | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """ROC-AUC with a 95 % bootstrap interval over `groups` [N] (without them, over pictures).
+
+    Both are None, with a note, without both classes.
+    """
+    names = np.arange(len(p)) if groups is None else np.asarray(groups)
+    found = evaluation.ranked(p, labels, names, draws)
+    return {name: value for name, value in found.items() if name != "metrics"}
 
 
 def border_only(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -146,45 +172,53 @@ def lesion_masked(
 
 
 def report(
-    logits_of: Callable[[Pixels], NDArray[np.float64]], test: list[data.Sample],
-    calibration: dict[str, Any], size: int,
+    logits_of: Callable[[Pixels], NDArray[np.float64]], test: Sequence[data.Sample],
+    calibration: dict[str, Any], size: int, *, validation: Sequence[data.Sample] = (),
+    out: Path | None = None, draws: int = bootstrap.DRAWS,
 ) -> dict[str, Any]:  # fmt: skip
-    """Every figure of the test splits, with the controls that tell lesion from camera.
+    """Every figure of the test pictures by source, with the controls that tell lesion from camera.
 
     `logits_of` takes pictures [N, size, size, 3] and gives logits [N, 2]. The control with painted
-    lesions is over the images that have a mask; every AUC states how many images it is over.
+    lesions is over the images that have a mask; every AUC states how many images it is over. With
+    `out`, the raw scores of `test` and `validation` are written to `scores.csv` there and plots to
+    `plots/`; a `report.json` that is there is of other scores and is removed.
+
+    Raises:
+        DatasetError: a picture or mask cannot be read.
     """
-    results: dict[str, Any] = {}
-    for source in sorted({s.source for s in test}):
-        chosen = [s for s in test if s.source == source]
+    tested = scored(logits_of, test, calibration, size, "test", controls=True)
+    figures = evaluation.figures(tested, calibration, draws)
+    if out is not None:
+        from training import plots
+
+        parts = [tested]
+        if validation:
+            parts.append(scored(logits_of, validation, calibration, size, "val"))
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").unlink(missing_ok=True)
+        RawScores.joined(parts).write(out / SCORES)
+        plots.save(out / PLOTS, tested, figures, calibration)
+    return figures
+
+
+def scored(
+    logits_of: Callable[[Pixels], NDArray[np.float64]], samples: Sequence[data.Sample],
+    calibration: dict[str, Any], size: int, split: str, *, controls: bool = False,
+) -> RawScores:  # fmt: skip
+    """The raw scores of samples, a source after the other; `split` is what they are used as."""
+    parts: list[RawScores] = []
+    for source in sorted({s.source for s in samples}):
+        chosen = [s for s in samples if s.source == source]
         images = data.load_images(chosen, size)
-        labels = np.array([LABELS.index(str(s.lesion.label)) for s in chosen])
-        logits = logits_of(images)
-        p = probabilities(logits, calibration["temperature"])
-        low, high = calibration["abstain"]
-        called = p >= calibration["threshold"]
-        answered = (p < low) | (p >= high)
-        figures: dict[str, Any] = {
-            "whole": auc(p, labels),
-            "sensitivity": share(called[labels == 1]),
-            "specificity": share(~called[labels == 0]),
-            "answered": share(answered),
-            "calibration_error_uncalibrated": round(
-                calibration_error(probabilities(logits - [0, calibration["shift"]], 1.0), labels), 4
-            ),
-            "calibration_error": round(calibration_error(p, labels), 4),
-        }
-        subsets = {"": np.ones(len(chosen), bool)}
-        if any(s.confirmed for s in chosen):
-            subsets["histology_"] = np.array([s.confirmed == "histo" for s in chosen])
-            figures["histology"] = auc(p[subsets["histology_"]], labels[subsets["histology_"]])
-        everywhere = np.ones(len(chosen), bool)
-        for control, (changed, usable) in (
-            ("border_only", (border_only(images), everywhere)),
-            ("lesion_masked", lesion_masked(images, chosen)),
-        ):
-            q = probabilities(logits_of(changed), 1.0)
-            for name, rows in subsets.items():
-                figures[name + control] = auc(q[rows & usable], labels[rows & usable])
-        results[source] = figures
-    return results
+        raw = RawScores.of(chosen, logits_of(images), calibration)
+        if controls:
+            border = _difference(logits_of(border_only(images)))
+            painted, done = lesion_masked(images, chosen)
+            masked = np.where(done, _difference(logits_of(painted)), np.nan)
+            raw = replace(raw, border_only=border, lesion_masked=masked)
+        parts.append(replace(raw, split=np.full(len(chosen), split)))
+    return RawScores.joined(parts) if parts else RawScores.of([], np.zeros((0, 2)), calibration)
+
+
+def _difference(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(logits[:, 1] - logits[:, 0])

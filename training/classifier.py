@@ -7,8 +7,9 @@ and timm read too, `logits_of` and `features_of` run it over pictures.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +23,85 @@ from torch import Tensor, nn
 
 from dermaflux import files
 from dermaflux.prompt import LABELS
-from training import data
+from training.data import DatasetError
 from training.recipe import Recipe as Recipe
+from training.recipe import RecipeError
 from training.states import History
-
-_MEAN = _STD = (0.5, 0.5, 0.5)
 
 
 def build(recipe: Recipe) -> nn.Module:
-    """The timm model of a recipe with fresh weights and two classes."""
-    model: nn.Module = timm.create_model(
-        recipe.architecture, num_classes=len(LABELS), **recipe.model_args
-    )
+    """The timm model of a recipe with fresh weights and two classes.
+
+    Raises:
+        RecipeError: timm has no such model, or it is not built with these arguments.
+    """
+    try:
+        model: nn.Module = timm.create_model(
+            recipe.architecture, num_classes=len(LABELS), **recipe.model_args
+        )
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        name = recipe.architecture.split(".")[0]
+        like = get_close_matches(name, timm.list_models(), 3)
+        hint = f" (timm has {', '.join(like)})" if like and name not in like else ""
+        raise RecipeError(
+            f"timm cannot build {recipe.architecture}{hint} with --model-args "
+            f"{json.dumps(recipe.model_args)}: {' '.join(str(error).split())[:160]}"
+        ) from error
+    # What the model learns is what the recipe shows it, not what timm's own weights saw.
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        **model.pretrained_cfg,  # type: ignore[dict-item]
+        **_shown(recipe),
+    }
     return model
 
 
-def normalized(images: Tensor) -> Tensor:
+def _shown(recipe: Recipe) -> dict[str, Any]:
+    """How pictures are given to the model, in timm's words."""
+    return {
+        "input_size": [3, recipe.size, recipe.size],
+        "interpolation": recipe.interpolation,
+        "crop_pct": recipe.crop_pct,
+        "crop_mode": "center",
+        "mean": list(recipe.mean),
+        "std": list(recipe.std),
+    }
+
+
+def normalized(images: Tensor, model: Any) -> Tensor:
     """[N, 3, H, W] in 0..1 -> what the network takes."""
-    mean = torch.tensor(_MEAN)[:, None, None]
-    std = torch.tensor(_STD)[:, None, None]
+    shown = model.pretrained_cfg
+    mean, std = (
+        torch.tensor(shown[name], device=images.device)[:, None, None] for name in ("mean", "std")
+    )
     return (images - mean) / std
 
 
 @torch.no_grad()
 def _over(
-    images: NDArray[np.uint8], run: Callable[[Tensor], Tensor], batch: int = 64
+    model: Any, images: NDArray[np.uint8], run: Callable[[Tensor], Tensor], batch: int = 64
 ) -> NDArray[np.float64]:
-    rows = [
-        run(normalized(torch.from_numpy(images[i : i + batch]).permute(0, 3, 1, 2).float() / 255))
-        for i in range(0, len(images), batch)
-    ]
+    if not len(images):
+        return np.zeros((0, len(LABELS)))
+    images = _middle(images, int(model.pretrained_cfg["input_size"][1]))
+    device = next(model.parameters()).device
+
+    def shares(start: int) -> Tensor:
+        chunk = torch.from_numpy(np.ascontiguousarray(images[start : start + batch])).to(device)
+        return normalized(chunk.permute(0, 3, 1, 2).float() / 255, model)
+
+    rows = [run(shares(start)).float().cpu() for start in range(0, len(images), batch)]
     return torch.cat(rows).double().numpy()
 
 
+def _middle(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Of pictures larger than the model takes, the middle, as `dermaflux.classifier` cuts it."""
+    start = round((images.shape[1] - size) / 2)
+    return images if start <= 0 else images[:, start : start + size, start : start + size]
+
+
 def logits_of(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """[N, S, S, 3] uint8 -> logits [N, 2]."""
-    return _over(images, model)
+    """[N, S, S, 3] uint8 -> logits [N, 2]; S is `Recipe.whole`, or the model's own size."""
+    return _over(model, images, model)
 
 
 def features_of(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -68,7 +112,7 @@ def features_of(model: nn.Module, images: NDArray[np.uint8]) -> NDArray[np.float
         found: Tensor = model.forward_head(tokens, pre_logits=True)  # type: ignore[operator]
         return found
 
-    return _over(images, penultimate)
+    return _over(model, images, penultimate)
 
 
 def shift_logit(model: nn.Module, shift: float) -> None:
@@ -78,48 +122,56 @@ def shift_logit(model: nn.Module, shift: float) -> None:
 
 
 def as_shipped(model: nn.Module) -> None:
-    """Round the weights to float16 and back: what is scored is what `save` writes."""
+    """Round the weights to float16 and back: what is scored is what `save` writes.
+
+    Running statistics stay as they are: a variance may be beyond float16.
+    """
     with torch.no_grad():
-        for value in model.state_dict().values():
+        for value in model.parameters():
             value.copy_(value.half())
 
 
 def save(
     model: nn.Module, recipe: Recipe, calibration: dict[str, Any], figures: dict[str, Any],
-    history: History, out: Path,
+    history: History, out: Path, data: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write `config.json`, `model.safetensors` (float16) and, last, `report.json` into `out`.
 
-    Each is there whole or not at all, and without a report the folder is not complete.
+    Each is there whole or not at all, and without a report the folder is not complete. `data`
+    tells which pictures were learnt.
     """
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)
-    weights = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    halved = {name for name, _ in model.named_parameters()}
+    weights = {
+        name: (value.half() if name in halved else value).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    own: Any = model  # timm's own attributes are not in nn.Module's type
     save_file(weights, out / "model.part", metadata={"format": "pt"})
     config = {
         "architecture": recipe.architecture,
         "num_classes": len(LABELS),
-        "num_features": model.num_features,
-        "global_pool": "token",
-        "model_args": {k: v for k, v in recipe.model_args.items() if k != "drop_path_rate"},
+        "num_features": own.num_features,
+        "global_pool": own.global_pool if isinstance(own.global_pool, str) else "avg",
+        "model_args": {k: v for k, v in recipe.model_args.items() if "drop" not in k},
         "label_names": list(LABELS),
         "pretrained_cfg": {
-            "input_size": [3, recipe.size, recipe.size],
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(_MEAN),
-            "std": list(_STD),
+            **_shown(recipe),
             "num_classes": len(LABELS),
-            "classifier": "head",
-            "first_conv": "patch_embed.proj",
+            "classifier": own.pretrained_cfg["classifier"],
+            "first_conv": own.pretrained_cfg["first_conv"],
         },
         "dermaflux": {name: calibration[name] for name in ("temperature", "threshold", "abstain")},
     }
     described = history.document()
-    document = {"recipe": asdict(recipe), "saw": described["saw"],
+    document = {"recipe": asdict(recipe), "steps": described["steps"], "saw": described["saw"],
                 "started_from": described["started_from"], "calibration": calibration,
                 "test": figures}  # fmt: skip
+    if data is not None:
+        document["data"] = dict(data)
+    if history.validation:
+        document["validation"] = described["validation"]
     files.write(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     (out / "model.part").chmod(0o644)  # safetensors makes its files their owner's alone
     (out / "model.part").replace(out / "model.safetensors")
@@ -138,7 +190,13 @@ def load(folder: Path) -> nn.Module:
             config["architecture"], num_classes=config["num_classes"], **config["model_args"]
         )
         weights = load_file(folder / "model.safetensors")
-        model.load_state_dict({name: value.float() for name, value in weights.items()})
+        # Copied into the model's own tensors, so in their types.
+        model.load_state_dict(weights)
+        model.pretrained_cfg = {  # type: ignore[assignment]
+            **model.pretrained_cfg,  # type: ignore[dict-item]
+            **config["pretrained_cfg"],
+        }
+        normalized(torch.zeros(1, 3, 1, 1), model)  # what it needs of them is there
     except (
         OSError,
         ValueError,
@@ -148,7 +206,7 @@ def load(folder: Path) -> nn.Module:
         AttributeError,
         SafetensorError,
     ) as error:
-        raise data.DatasetError(
+        raise DatasetError(
             f"{folder} holds no classifier that can be read ({error}); "
             f"make one with: python -m training.vit --data DATASET --out {folder}"
         ) from error

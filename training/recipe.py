@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
+from dermaflux.errors import DermaFluxError
+
 AUGMENTS: Final = ("none", "classic", "dermoscopy")
 SAMPLINGS: Final = ("balanced", "labels", "shuffled")
 OPTIMIZERS: Final = ("muon", "adamw")
@@ -21,6 +23,10 @@ DEVICES: Final = ("auto", "cpu", "cuda")
 
 FREE: Final = ("hours", "threads", "save_minutes", "device")
 """What a resumed run may change: none of it changes what a step computes, but for rounding."""
+
+
+class RecipeError(DermaFluxError):
+    """A setting of a training is out of range, or fits no model of timm's."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,29 @@ class Recipe:
     threads: int = 2
     save_minutes: float = 3.0
 
+    def __post_init__(self) -> None:
+        for name, words in _WORDS.items():
+            if (word := getattr(self, name)) not in words:
+                raise RecipeError(f"{name} {word!r} is not known; use {', '.join(words)}")
+        for name, (least, most) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise RecipeError(f"{name} {value} is out of range; use {least:g} to {most:g}")
+        if self.class_weights not in ("none", "balanced"):
+            _two_weights(self.class_weights)
+        if self.batch % self.accumulate:
+            raise RecipeError(
+                f"batch {self.batch} has no {self.accumulate} equal parts; accumulate needs one "
+                "that divides it"
+            )
+        if (self.mixup or self.cutmix) and self.batch // self.accumulate % 2:
+            raise RecipeError(
+                f"mixup and cutmix mix pairs, and {self.batch // self.accumulate} pictures at "
+                "once are no pairs; give an even batch"
+            )
+        if self.patience and not self.evaluate:
+            raise RecipeError("patience counts looks at the validation pictures; give evaluate")
+
     @property
     def kept(self) -> int:
         """Pixels a side at which training pictures are kept."""
@@ -132,6 +161,35 @@ class Recipe:
     def fixed(self) -> dict[str, Any]:
         """What a resumed run may not change."""
         return {name: value for name, value in asdict(self).items() if name not in FREE}
+
+
+_WORDS: Final = {
+    "sampling": SAMPLINGS, "augment": AUGMENTS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES,
+    "watch": WATCHED, "precision": PRECISIONS, "device": DEVICES,
+}  # fmt: skip
+_MOST: Final = 1e9
+_RANGES: Final = {
+    **dict.fromkeys(("size", "steps", "batch", "accumulate", "threads"), (1, _MOST)),
+    **dict.fromkeys(("hours", "epochs", "rate", "save_minutes"), (1e-12, _MOST)),
+    **dict.fromkeys(("margin", "warmup", "weight_decay", "evaluate", "patience"), (0, _MOST)),
+    **dict.fromkeys(("mask_loss", "diagnosis_loss", "structure_loss", "mixup", "cutmix"), (0, 100)),
+    **dict.fromkeys(("blur", "cutout", "vignette", "zoom", "sensitivity", "coverage"), (0, 1)),
+    **dict.fromkeys(("label_smoothing", "ema"), (0, 0.999_999)),
+    **dict.fromkeys(("layer_decay", "crop_pct"), (0.05, 1)),
+    "seed": (0, 2**63 - 1),
+}
+
+
+def _two_weights(text: str) -> None:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != 2 or not all(0 < value < _MOST for value in values):
+        raise RecipeError(
+            f"class_weights {text!r} is neither none, nor balanced, nor two numbers above 0 of "
+            "benign and malignant, as 1,4"
+        )
 
 
 def fine(recipe: Recipe) -> Recipe:

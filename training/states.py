@@ -28,13 +28,20 @@ _LONGEST = 160  # characters of such an error that are shown
 
 @dataclass(frozen=True)
 class History:
-    """What a run's weights have been through. `data` are the (source, licence) pairs it read."""
+    """What a run's weights have been through. `data` are the (source, licence) pairs it read.
+
+    `loss` is that of the label over the last hundred steps. `validation` has what each look at the
+    validation pictures found (step, loss, auc), and `kept` the step whose weights are the result.
+    """
 
     name: str
     data: tuple[tuple[str, str], ...]
     steps: int = 0
     seconds: float = 0.0
     start: History | None = None
+    loss: float | None = None
+    validation: tuple[dict[str, float], ...] = ()
+    kept: int | None = None
 
     @property
     def saw(self) -> list[tuple[str, str]]:
@@ -49,6 +56,9 @@ class History:
             "steps": self.steps,
             "seconds": self.seconds,
             "start": None if self.start is None else self.start.state(),
+            "loss": self.loss,
+            "validation": list(self.validation),
+            "kept": self.kept,
         }
 
     @classmethod
@@ -61,6 +71,10 @@ class History:
             int(state["steps"]),
             float(state["seconds"]),
             None if start is None else cls.of(start),
+            # Of runs that were saved before these were.
+            state.get("loss"),
+            tuple(state.get("validation", ())),
+            state.get("kept"),
         )
 
     def document(self) -> dict[str, Any]:
@@ -71,7 +85,9 @@ class History:
             "hours": round(self.seconds / 3600, 2),
             "saw": [{"source": source, "licence": licence} for source, licence in self.saw],
             "started_from": None if self.start is None else self.start.document(),
-        }
+            **({"validation": list(self.validation), "kept_step": self.kept}
+               if self.validation else {}),
+        }  # fmt: skip
 
 
 @contextmanager
@@ -83,7 +99,7 @@ def reading(file: Path, advice: str) -> Iterator[dict[str, Any]]:
             that ends in `advice`.
     """
     try:
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
         yield state

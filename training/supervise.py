@@ -1,272 +1,268 @@
-"""Train a vision transformer on few labelled lesions: more to learn from every picture.
+"""Train a timm classifier on labelled lesions, alone or in several processes.
 
-A label is one bit a picture, far too little for a transformer with fresh weights. So three more
-heads learn beside it, on the same tokens, and are thrown away afterwards: where the lesion is
-(each patch's share of the mask), which diagnosis it has, which dermoscopic structures experts saw.
-They also pull the attention to the lesion, away from the camera's traces at the border. What a
-batch shows is in `training.views`.
+    >>> recipe = Recipe(steps=400, size=64, model_args={"img_size": 64, "patch_size": 8, ...})
+    >>> model, history = fit(train, recipe, pictures=cache)
+    >>> classifier.logits_of(model, cache.images(test, recipe.whole))
+
+What a batch shows is in `training.draws` and `training.views`, what it costs in `training.heads`,
+what is saved in `training.resuming`.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dermaflux.prompt import DIAGNOSES, LABELS, STRUCTURES
-from training import data, states
-from training.classifier import Recipe, build, normalized
-from training.views import UNKNOWN, Targets, augment, views
+from dermaflux.prompt import LABELS
+from training import classifier, data, draws, resuming, states
+from training.heads import Mixed, Supervised, losses
+from training.optimizing import factor, optimizers_of, set_rate
+from training.pictures import Pictures
+from training.pretrained import Pretrained
+from training.ranks import Ranks
+from training.recipe import Recipe, RecipeError
+from training.resuming import Progress
+from training.targets import Targets
+from training.views import Views, augment, views
 
 log = logging.getLogger(__name__)
 
-_BENIGN_ONLY = 0.3  # how much less a group counts whose camera never saw a malignant lesion
 
-
-def draw_weights(samples: list[data.Sample]) -> Tensor:
-    """float64 [N]: a group (source, confirmed, label) is drawn by the square root of its size.
-
-    Full balance would show the few consensus images hundreds of times; the root is the usual
-    middle. Groups in which all are benign (follow-up, consensus) come from cameras of their own, so
-    they count less: they teach the camera. Half of all draws are malignant.
-    """
-    groups = [(s.source, s.confirmed, str(s.lesion.label)) for s in samples]
-    sizes = {group: groups.count(group) for group in set(groups)}
-    mixed = {group[:2] for group in sizes if group[2] == "malignant"}
-    mass = {g: n**0.5 * (1.0 if g[:2] in mixed else _BENIGN_ONLY) for g, n in sizes.items()}
-    labels = {label: sum(m for g, m in mass.items() if g[2] == label) for label in LABELS}
-    return torch.tensor([mass[g] / sizes[g] / labels[g[2]] for g in groups], dtype=torch.float64)
-
-
-class Supervised(nn.Module):
-    """A timm vision transformer with the auxiliary heads on its tokens."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.vit = build(recipe)
-        vit: Any = self.vit  # timm's own methods are not in nn.Module's type
-        width = int(vit.num_features)
-        self.mask = nn.Linear(width, 1)
-        self.diagnosis = nn.Linear(width, len(DIAGNOSES))
-        self.structures = nn.Linear(width, len(STRUCTURES))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[N, 3, S, S] -> logits [N, 2], diagnoses [N, 10], structures [N, 5], mask [N, patches].
-
-        The tokens have to be prefix tokens and a square of patches, as a plain ViT's are.
-        """
-        vit: Any = self.vit
-        tokens = vit.forward_features(images)
-        pooled = vit.forward_head(tokens, pre_logits=True)
-        patches = tokens[:, vit.num_prefix_tokens :]
-        return (
-            vit.get_classifier()(pooled),
-            self.diagnosis(pooled),
-            self.structures(pooled),
-            self.mask(patches).squeeze(-1),
-        )
-
-
-def _losses(
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Targets, rows: Tensor,
-    masks: Tensor, recipe: Recipe,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(the whole loss, the label's alone)."""
-    logits, diagnoses, structures, patches = (output.float() for output in outputs)
-    label = F.cross_entropy(logits, targets.label[rows], label_smoothing=recipe.label_smoothing)
-    total = label
-    if (targets.diagnosis[rows] != UNKNOWN).any():
-        total = total + recipe.diagnosis_loss * F.cross_entropy(
-            diagnoses, targets.diagnosis[rows], ignore_index=UNKNOWN
-        )
-    wanted = targets.structures[rows]
-    if (known := wanted != UNKNOWN).any():
-        total = total + recipe.structure_loss * F.binary_cross_entropy_with_logits(
-            structures[known], wanted[known]
-        )
-    if (masked := targets.masked[rows]).any():
-        side = math.isqrt(patches.shape[1])
-        share = F.adaptive_avg_pool2d(masks[:, None], side).flatten(1)
-        total = total + recipe.mask_loss * F.binary_cross_entropy_with_logits(
-            patches[masked], share[masked]
-        )
-    return total, label
-
-
-def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest, at one rate, as in the generator."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (matrices if "blocks." in name and parameter.ndim == 2 else rest).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=recipe.rate, weight_decay=recipe.weight_decay)
-    ]
-    if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=recipe.rate, weight_decay=recipe.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )  # fmt: skip
-    return optimizers
-
-
-def _draws(weights: Tensor, size: int) -> Iterator[Tensor]:
-    while True:
-        yield torch.multinomial(weights, size, replacement=True)
-
-
-_FREE = ("hours", "threads", "save_minutes")  # of a recipe, which a resumed run may change
-
-
-def _recipe(recipe: Recipe) -> dict[str, Any]:
-    return {name: value for name, value in asdict(recipe).items() if name not in _FREE}
-
-
-def _begun(file: Path) -> states.History:
-    """The history of another run that its state file holds."""
-    with states.reading(file, "give --start a state that training.vit saved with --work") as state:
-        return states.History.of(state["history"])
-
-
-def _same_run(state: Mapping[str, Any], file: Path, mine: states.History, recipe: Recipe) -> None:
-    """Refuse to go on with a run that read other data, began elsewhere, or has another recipe."""
-    before = states.History.of(state["history"])
-    advice = "give --work another file to begin a new run"
-    if before.data != mine.data:
-        names = ["; ".join(f"{s} ({licence})" for s, licence in h.data) for h in (before, mine)]
-        raise data.DatasetError(
-            f"{file} is a run on other data: it read {names[0]}, not {names[1]}; {advice}"
-        )
-    if mine.start is not None and mine.start != before.start:
-        starts = [
-            "random weights" if h.start is None else f"{h.start.name} at step {h.start.steps}"
-            for h in (before, mine)
-        ]
-        raise data.DatasetError(
-            f"{file} is a run that began from {starts[0]}, not from {starts[1]} as --start says; "
-            f"leave --start out, or {advice}"
-        )
-    now = _recipe(recipe)
-    if other := [n for n in now if state["recipe"].get(n) != now[n]]:
-        said = ", ".join(f"{n} {state['recipe'].get(n)!r} instead of {now[n]!r}" for n in other)
-        raise data.DatasetError(f"{file} is a run of another recipe ({said}); {advice}")
-
-
-def check(
-    samples: list[data.Sample], recipe: Recipe, state_file: Path | None, start: Path | None
-) -> states.History:
-    """The history with which `train` would begin or go on, without reading any picture.
-
-    Raises:
-        DatasetError: a state file cannot be read, or the one to resume is of another run.
-    """
-    name = "a run without --work" if state_file is None else state_file.name
-    begun = None if start is None else _begun(start)
-    history = states.History(name, tuple(data.licences(samples)), start=begun)
-    if state_file is None or not state_file.is_file():
-        return history
-    with states.reading(state_file, "delete it, or give --work another file") as state:
-        _same_run(state, state_file, history, recipe)
-        return replace(states.History.of(state["history"]), name=name)
-
-
-def train(
-    samples: list[data.Sample], recipe: Recipe, state_file: Path | None = None,
-    start: Path | None = None,
+def fit(
+    samples: Sequence[data.Sample], recipe: Recipe, validation: Sequence[data.Sample] = (), *,
+    pictures: Pictures | None = None, weights: Pretrained | None = None,
+    state_file: Path | None = None, start: Path | None = None,
 ) -> tuple[nn.Module, states.History]:  # fmt: skip
-    """Train for `recipe.hours` of wall-clock, or resume; the averaged model in eval mode.
+    """Train to the recipe's budget, or resume; the averaged model on the CPU in eval mode.
 
-    With `state_file`, the run is saved there every `recipe.save_minutes` and taken up again. A new
-    run begins with the averaged weights of `start`, another run's state file. The history says what
-    the weights have seen, that of `start` included.
+    `validation` is looked at every `recipe.evaluate` steps. Pictures are taken from `pictures`, and
+    read into it where it lacks them. With `state_file`, the run is saved there every
+    `recipe.save_minutes` and taken up again. A new run begins with `weights`, or with the averaged
+    weights of `start`, another run's state file. The history says what the weights saw, with what
+    those that they began from saw. In several processes (`training.ranks`) all call this alike.
+    The caller's random numbers stay as they were.
 
     Raises:
         DatasetError: `start` is no such file, or one of another architecture; `state_file` is of
-            other data, another recipe or another start.
+            other data, another recipe or another start; a label is missing; a picture cannot be
+            read; or `weights` do not fit.
+        RecipeError: the model cannot be built, or the batch cannot be shared out.
     """
-    torch.manual_seed(recipe.seed)
+    for name, some in (("training", samples), ("validation", validation)):
+        found = {str(sample.lesion.label) for sample in some}
+        if (name == "training" or recipe.evaluate) and (lacking := set(LABELS) - found):
+            raise data.DatasetError(f"the {name} pictures have no {min(lacking)} lesion")
     torch.set_num_threads(recipe.threads)
-    history = check(samples, recipe, state_file, start)
-    resumed = state_file is not None and state_file.is_file()
-    model, average = Supervised(recipe), Supervised(recipe)
-    if start is not None and not resumed:
-        with states.reading(start, "give --start a run of the same architecture") as state:
-            model.load_state_dict(state["average"])
-    average.load_state_dict(model.state_dict())
-    average.requires_grad_(False)
-    optimizers = _optimizers(model, recipe)
-    step, seconds, losses = history.steps, history.seconds, list[float]()
-    if state_file is not None and resumed:
-        with states.reading(state_file, "delete it, or give --work another file") as state:
-            model.load_state_dict(state["model"])
-            average.load_state_dict(state["average"])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            losses = [float(loss) for loss in state["losses"]]
-        torch.manual_seed(recipe.seed + step)
-        log.info("resumed %s at step %d, %.0f s in", state_file, step, seconds)
+    history = resuming.check(samples, recipe, state_file, start, weights)
+    cuda = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(recipe.seed)
+        resumed = state_file is not None and state_file.is_file()
+        model = Supervised(recipe)
+        if weights is not None and not resumed:
+            weights.into(model.vit, recipe.architecture)
+        if start is not None and not resumed:
+            with states.reading(start, "give --start a run of the same architecture") as state:
+                model.load_state_dict(state["average"])
+        return _Run(list(samples), recipe, list(validation), pictures or Pictures(recipe.threads),
+                    state_file, model, history).to_the_end()  # fmt: skip
 
-    def now() -> states.History:
-        return replace(history, steps=step, seconds=seconds)
 
-    def save() -> None:
-        if state_file is not None:
-            states.write(state_file, {
-                "model": model.state_dict(), "average": average.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-                "losses": losses, "recipe": _recipe(recipe), "history": now().state(),
-            })  # fmt: skip
+@dataclass(frozen=True)
+class _Shown:
+    """The training pictures in memory: uint8 [N, 3, S, S], and what is known of them."""
 
-    budget = recipe.hours * 3600
-    if seconds >= budget:
-        return average.vit.eval(), now()
-    kept = recipe.size + recipe.margin
-    images = torch.from_numpy(data.load_images(samples, kept)).permute(0, 3, 1, 2).contiguous()
-    targets = Targets.of(samples, kept)
-    started, saved_at = time.monotonic() - seconds, time.monotonic()
-    draws = _draws(draw_weights(samples), recipe.batch)
-    with tqdm(total=round(budget), initial=round(seconds), unit="s", desc="vit") as bar:
-        while seconds < budget:
-            left = 1 - seconds / budget
-            rows = next(draws)
-            theta = views(targets, rows, recipe)
-            pictures, masks = augment(images[rows], targets.mask[rows], theta, recipe.size)
-            with torch.autocast("cpu", torch.bfloat16):
-                outputs = model(normalized(pictures))
-            loss, label_loss = _losses(outputs, targets, rows, masks, recipe)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.rate * min(1.0, (step + 1) / 50, left / 0.7)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            step += 1
-            decay = min(recipe.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(average.parameters()), list(model.parameters()), 1 - decay
-                )
-            losses.append(float(label_loss.detach()))
-            seconds = time.monotonic() - started
-            bar.update(round(seconds) - bar.n)
-            if step % 25 == 0:
-                bar.set_postfix(step=step, loss=f"{np.mean(losses[-100:]):.4f}")
-            if time.monotonic() - saved_at > recipe.save_minutes * 60:
-                save()
-                saved_at = time.monotonic()
-    save()
-    log.info("%d steps of %d images, loss %.4f", step, recipe.batch, np.mean(losses[-100:]))
-    return average.vit.eval(), now()
+    images: Tensor
+    targets: Targets
+    weights: Tensor
+
+    @classmethod
+    def of(cls, samples: list[data.Sample], recipe: Recipe, pictures: Pictures) -> _Shown:
+        images = torch.from_numpy(pictures.images(samples, recipe.kept))
+        targets = Targets.of(samples, recipe.kept, pictures)
+        weights = draws.class_weights(samples, recipe.class_weights)
+        return cls(images.permute(0, 3, 1, 2).contiguous(), targets, weights)
+
+
+class _Run:
+    """One training, from where `history` says that it is."""
+
+    def __init__(
+        self, samples: list[data.Sample], recipe: Recipe, validation: list[data.Sample],
+        pictures: Pictures, state_file: Path | None, model: Supervised, history: states.History,
+    ) -> None:  # fmt: skip
+        self.samples, self.recipe, self.validation = samples, recipe, validation
+        self.pictures, self.file, self.history = pictures, state_file, history
+        self.ranks = Ranks.here(recipe.device)
+        self.parts = self.ranks.world * recipe.accumulate
+        mixing = bool(recipe.mixup or recipe.cutmix)
+        if recipe.batch % self.parts or (mixing and recipe.batch // self.parts % 2):
+            raise RecipeError(
+                f"batch {recipe.batch} has no {self.parts} equal{' and even' * mixing} parts for "
+                f"{self.ranks.world} processes, {recipe.accumulate} parts each; give a multiple of "
+                f"{self.parts * (1 + mixing)}"
+            )
+        model.to(self.ranks.device)
+        average = copy.deepcopy(model).requires_grad_(False)
+        self.now = Progress(model, average, optimizers_of(model, recipe))
+        if state_file is not None and state_file.is_file():
+            with states.reading(state_file, resuming.RESUME) as state:
+                self.now.take(state)
+            log.info("resumed %s at step %d, %.0f s in", state_file, history.steps, history.seconds)
+        self.copies = self.ranks.copies(model)
+        self.total = recipe.total(len(samples))
+
+    def done(self) -> float:
+        """The share of the budget that is spent."""
+        if self.total is not None:
+            return self.history.steps / self.total
+        return self.history.seconds / (self.recipe.hours * 3600)
+
+    def over(self) -> bool:
+        patience = self.recipe.patience
+        return self.done() >= 1 or (patience > 0 and self.now.since >= patience)
+
+    def to_the_end(self) -> tuple[nn.Module, states.History]:
+        if not self.over():
+            self._steps()
+            self.save()
+            log.info("%d steps of %d images, loss %.4f", self.history.steps, self.recipe.batch,
+                     self.history.loss or 0.0)  # fmt: skip
+        result = self.now.average.vit
+        if self.now.best is not None:
+            result.load_state_dict(self.now.best)
+        return result.eval().cpu(), self.history
+
+    def save(self) -> None:
+        if self.file is not None and self.ranks.first:
+            resuming.written(self.file, self.now, self.recipe, self.history, self.samples)
+
+    def _steps(self) -> None:
+        recipe = self.recipe
+        shown = _Shown.of(self.samples, recipe, self.pictures)
+        drawn = draws.Draws(self.samples, recipe)
+        started, saved_at = time.monotonic() - self.history.seconds, time.monotonic()
+        self.now.model.train()
+        self.now.average.eval()
+        budget = self.total or round(recipe.hours * 3600)
+        with tqdm(total=budget, unit="s" if self.total is None else "step", desc="vit",
+                  disable=None if self.ranks.first else True) as bar:  # fmt: skip
+            while not self.over():
+                loss = self._step(shown, drawn)
+                if not math.isfinite(loss):
+                    raise RecipeError(
+                        f"the loss of step {self.history.steps} is {loss}; give a lower --rate"
+                    )
+                self.now.losses.append(loss)
+                seconds = time.monotonic() - started
+                if self.total is None:
+                    # Processes that ended after different steps would wait for each other.
+                    seconds = self.ranks.told(seconds)
+                self.history = replace(
+                    self.history, steps=self.history.steps + 1, seconds=seconds,
+                    loss=round(float(np.mean(self.now.losses[-100:])), 6),
+                )  # fmt: skip
+                if recipe.evaluate and (
+                    self.history.steps % recipe.evaluate == 0 or self.done() >= 1
+                ):
+                    self._look()
+                bar.update((self.history.steps if self.total else round(seconds)) - bar.n)
+                if self.history.steps % 25 == 0:
+                    bar.set_postfix(step=self.history.steps, loss=f"{self.history.loss:.4f}")
+                if time.monotonic() - saved_at > recipe.save_minutes * 60:
+                    self.save()
+                    saved_at = time.monotonic()
+
+    def _step(self, shown: _Shown, drawn: draws.Draws) -> float:
+        """One step of the optimizers; the label's loss."""
+        recipe, step, now = self.recipe, self.history.steps, self.now
+        whole, box = drawn.mixed(step)
+        seen = views(
+            shown.targets, whole.pictures, recipe, draws.random(recipe.seed, draws.VIEWS, step)
+        )
+        size = recipe.batch // self.parts
+        label = torch.zeros((), device=self.ranks.device)
+        for part in range(recipe.accumulate):
+            number = self.ranks.rank * recipe.accumulate + part
+            place = slice(number * size, (number + 1) * size)
+            # Drop path and dropout take from here: equal whatever process a part falls to.
+            torch.manual_seed(draws.number(recipe.seed, draws.LAYERS, step, number))
+            last = part == recipe.accumulate - 1
+            waits = nullcontext() if last or self.ranks.world == 1 else self.copies.no_sync()
+            with waits:
+                total, one = self._loss(shown, whole, whole.part(place), seen, place, box)
+                # Gradients are averaged over the processes, and these are shares of one sum.
+                (total * self.ranks.world).backward()
+            label += one.detach()
+        nn.utils.clip_grad_norm_(now.model.parameters(), 1.0)
+        for optimizer in now.optimizers:
+            set_rate(optimizer, recipe.rate * factor(step, self.done(), recipe))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.ranks.averaged_buffers(now.model)
+        _follow(now.average, now.model, min(recipe.ema, (2 + step) / (11 + step)))
+        return float(self.ranks.added(label))
+
+    def _loss(
+        self, shown: _Shown, whole: Mixed, batch: Mixed, seen: Views, place: slice,
+        box: tuple[int, int, int, int] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        recipe, device = self.recipe, self.ranks.device
+        images = shown.images[batch.pictures].to(device)
+        masks = shown.targets.mask[batch.pictures].to(device)
+        pixels, masks = augment(images, masks, seen.part(place, device), recipe.size)
+        pixels, masks = (draws.blended(one, batch.share, box) for one in (pixels, masks))
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            outputs = self.copies(classifier.normalized(pixels, self.now.model.vit))
+        return losses(outputs, shown.targets, batch, whole, masks, recipe, shown.weights)
+
+    def _look(self) -> None:
+        """Hold the averaged weights against the validation pictures; keep them where best."""
+        found = self.ranks.told(self._measured() if self.ranks.first else {})
+        self.history = replace(self.history, validation=(*self.history.validation, found))
+        value = found["loss"] if self.recipe.watch == "loss" else -found["auc"]
+        self.now.since += 1
+        if value < self.now.best_value:
+            self.now.best_value, self.now.since = value, 0
+            self.now.best = copy.deepcopy(self.now.average.vit.state_dict())
+            self.history = replace(self.history, kept=self.history.steps)
+
+    def _measured(self) -> dict[str, float]:
+        images = self.pictures.images(self.validation, self.recipe.whole)
+        logits = classifier.logits_of(self.now.average.vit, images)
+        labels = np.array([LABELS.index(str(s.lesion.label)) for s in self.validation])
+        costs = F.cross_entropy(
+            torch.from_numpy(logits), torch.from_numpy(labels), reduction="none"
+        ).numpy()
+        # A training that balances labels does not know how many are malignant.
+        balanced = self.recipe.sampling != "shuffled" or self.recipe.class_weights != "none"
+        halves = [costs[labels == one].mean() for one in range(len(LABELS))]
+        return {
+            "step": self.history.steps,
+            "loss": round(float(np.mean(halves if balanced else costs)), 6),
+            "auc": round(float(roc_auc_score(labels, logits[:, 1] - logits[:, 0])), 6),
+        }
+
+
+@torch.no_grad()
+def _follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move averaged weights and running statistics towards the model's."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for mine, other in zip(average.buffers(), model.buffers(), strict=True):
+        if mine.is_floating_point():
+            mine.lerp_(other, 1 - decay)
+        else:
+            mine.copy_(other)

@@ -1,22 +1,28 @@
-"""Fine-tune (or train) a timm ViT to tell benign from malignant lesions, and calibrate it.
+"""Fine-tune (or train) a timm classifier to tell benign from malignant lesions, and calibrate it.
 
     python -m training.vit --data ISIC2017 --data HAM10000 --out models/mini/classifier
+    python -m training.vit --data ISIC2017 --synthetic generated --ratio 1.75 --limit 500 \\
+        --pretrained weights/resnext50_32x4d --epochs 20 --out runs/resnext
+    torchrun --nproc_per_node 2 -m training.vit --data ISIC2017 --out runs/vit --steps 2000
 
 Writes timm's own layout, `config.json` and `model.safetensors`, with the calibration beside them
 (temperature, threshold for 95 % sensitivity on the validation split, abstention band), and
 `report.json`. Batches are balanced over (source, how the label is known, label), since follow-up
-images are all benign and come from other cameras: unbalanced, a model learns the camera. With
-`--work FILE` the run is saved there every few minutes, and taken up again; `--start FILE` begins
+images are all benign and come from other cameras: unbalanced, a model learns the camera. Synthetic
+pictures are learnt and never tested on. With `--steps` or `--epochs` and one seed, a CPU gives the
+same weights to the bit, in one go or resumed; with `--hours` the clock decides. With `--work FILE`
+the run is saved there every few minutes, and taken up again; `--start FILE` begins
 with the weights of another run, and the report names what those saw as well. All that can be
 refused is refused before the training.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,13 +31,39 @@ import numpy as np
 
 from dermaflux.command import ended
 from dermaflux.prompt import LABELS
-from training import classifier, data, leaks, scores, supervise
+from training import classifier, data, leaks, mixing, resuming, scores, supervise
 from training.checkpoint import add_classifier
 from training.classifier import Recipe
+from training.pictures import Pictures
+from training.pretrained import Pretrained
+from training.ranks import Ranks, joined
+from training.vit_options import parser, recipe_of
 
 log = logging.getLogger(__name__)
 
 Splits = dict[str, list[data.Sample]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which pictures are learnt: `limit` real ones, and `ratio` times as many of `synthetic`."""
+
+    synthetic: Sequence[data.Sample] = ()
+    ratio: float | None = None
+    ratio_by: str = "real"
+    limit: int | None = None
+
+    def of(self, real: list[data.Sample], made: list[data.Sample], seed: int) -> Splits:
+        """The real and the synthetic pictures that are learnt.
+
+        Raises:
+            DatasetError: there are fewer than are asked for.
+        """
+        if self.limit is not None:
+            real = mixing.limited(real, self.limit, seed)
+        if self.ratio is not None:
+            made = mixing.synthetic(made, real, self.ratio, seed, self.ratio_by)
+        return {"real": real, "synthetic": made}
 
 
 def check(everything: list[data.Sample], recipe: Recipe, out: Path, work: Path | None) -> Splits:
@@ -58,33 +90,53 @@ def check(everything: list[data.Sample], recipe: Recipe, out: Path, work: Path |
         raise data.DatasetError(f"--work {work} is a folder; give a file, such as {work}/vit.pt")
     for sample in (*splits["val"], *splits["test"]):
         data.load_mask(sample, recipe.size)
-    data.load_images(splits["test"], recipe.size)
+    data.load_images(splits["test"], recipe.whole)
     return splits
 
 
 def run(
     everything: list[data.Sample], recipe: Recipe, out: Path, work: Path | None = None,
     start: Path | None = None, *, leave_out: bool = False, seen: Path | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    choice: Choice = Choice(), weights: Pretrained | None = None,  # noqa: B008 (frozen)
+) -> tuple[dict[str, Any], dict[str, Any]] | None:  # fmt: skip
     """Train, calibrate, report and save; returns (calibration, the test splits' figures).
 
-    Learnt pictures that stand in a test split too are left out where `leave_out` says so; an index
-    of those learnt is written to `seen`.
+    `everything` is real. Learnt pictures that stand in a test split too are left out where
+    `leave_out` says so; an index of those learnt is written to `seen`. Of several processes the
+    first calibrates and writes; the others return None.
 
     Raises:
-        DatasetError: what `check`, `leaks.apart` and `supervise.train` refuse, or a picture cannot
-            be read.
+        DatasetError: what `check`, `leaks.apart`, `training.mixing` and `supervise.fit` refuse, or
+            a picture cannot be read.
+        RecipeError: the model cannot be built as the recipe says.
     """
-    check(everything, recipe, out, work)
-    kept = leaks.apart(everything, leave_out, recipe.threads)
-    if len(kept) < len(everything):
-        log.info("%d pictures left out: they stand in a test split", len(everything) - len(kept))
-    splits = check(kept, recipe, out, work)
-    if seen is not None:
-        leaks.index([*splits["train"], *splits["val"]], recipe.threads).save(seen)
-    supervise.check(splits["train"], recipe, work, start)
-    validation = data.load_images(splits["val"], recipe.size)
-    model, history = supervise.train(splits["train"], recipe, work, start)
+    ranks = Ranks.here(recipe.device)
+    ranks.once(lambda: check(everything, recipe, out, work))
+    made = mixing.only_training(choice.synthetic, everything)
+    classifier.build(recipe)  # what cannot be built is refused before hours of looking at pictures
+
+    def apart() -> set[Path]:
+        kept = leaks.apart([*everything, *made], leave_out, recipe.threads)
+        return {sample.file for sample in kept}
+
+    kept = ranks.once(apart)
+    if lost := len(everything) + len(made) - len(kept):
+        log.info("%d pictures left out: they stand in a test split", lost)
+    splits = ranks.once(lambda: check([s for s in everything if s.file in kept], recipe, out, work))
+    chosen = choice.of(splits["train"], [s for s in made if s.file in kept], recipe.seed)
+    learnt = [*chosen["real"], *chosen["synthetic"]]
+    if seen is not None and ranks.first:
+        leaks.index([*learnt, *splits["val"]], recipe.threads).save(seen)
+    resuming.check(learnt, recipe, work, start, weights)
+    log.info("%d real and %d synthetic pictures are learnt", *map(len, chosen.values()))
+    pictures = Pictures(recipe.threads)
+    validation = pictures.images(splits["val"], recipe.whole)
+    model, history = supervise.fit(
+        learnt, recipe, splits["val"], pictures=pictures, weights=weights, state_file=work,
+        start=start,
+    )  # fmt: skip
+    if not ranks.first:
+        return None
     classifier.as_shipped(model)
     labels = np.array([LABELS.index(str(s.lesion.label)) for s in splits["val"]])
     scale, shift = scores.platt(classifier.logits_of(model, validation), labels)
@@ -94,43 +146,52 @@ def run(
     calibration = scores.calibrate(logits, labels, scale, recipe)
     calibration["shift"] = round(shift, 4)
     logits_of = partial(classifier.logits_of, model)
-    figures = scores.report(logits_of, splits["test"], calibration, recipe.size)
-    classifier.save(model, recipe, calibration, figures, history, out)
+    figures = scores.report(logits_of, splits["test"], calibration, recipe.whole)
+    classifier.save(model, recipe, calibration, figures, history, out, _counted(chosen, choice))
     add_classifier(out.parent, history.saw)
     return calibration, figures
 
 
+def _counted(chosen: Splits, choice: Choice) -> dict[str, Any]:
+    """Which pictures were learnt, for the report."""
+    return {
+        **{
+            name: {label: sum(s.lesion.label == label for s in some) for label in LABELS}
+            for name, some in chosen.items()
+        },
+        "limit": choice.limit,
+        "ratio": choice.ratio,
+        "ratio_by": choice.ratio_by if choice.ratio else None,
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.vit", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--data", type=Path, action="append", required=True, help="repeatable")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, help="state to save and resume from")
-    parser.add_argument("--start", type=Path, help="another run's state, to begin from")
-    parser.add_argument(
-        "--leave-out", action="store_true",
-        help="train without the pictures that stand, or nearly stand, in a test split too; without "
-        "this they are listed and nothing is trained",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seen", type=Path, help="write an index of what was seen (python -m training.data leaks)"
-    )
-    parser.add_argument("--hours", type=data.positive, default=Recipe.hours)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--threads", type=data.count, default=Recipe.threads)
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    recipe = Recipe(hours=options.hours, threads=options.threads, seed=options.seed)
+    options = parser("python -m training.vit", __doc__).parse_args(arguments)
 
     def work() -> None:
-        everything = [sample for folder in options.data for sample in data.read(folder)]
-        calibration, figures = run(
-            everything, recipe, options.out, options.work, options.start,
-            leave_out=options.leave_out, seen=options.seen,
-        )  # fmt: skip
-        print(json.dumps({"out": str(options.out), "calibration": calibration, "test": figures}))
+        with joined():
+            first = Ranks.here("cpu").first
+            logging.basicConfig(
+                level=logging.INFO if first else logging.WARNING,
+                format="%(asctime)s %(name)s %(message)s",
+            )
+            if options.pretrained and options.start:
+                raise data.DatasetError("--pretrained and --start are both weights; give one")
+            if options.ratio and not options.synthetic:
+                raise data.DatasetError("--ratio is of synthetic pictures; give --synthetic")
+            weights = Pretrained.open(options.pretrained) if options.pretrained else None
+            recipe = recipe_of(options, weights)
+            everything = [sample for folder in options.data for sample in data.read(folder)]
+            made = [sample for folder in options.synthetic for sample in data.read(folder)]
+            done = run(
+                everything, recipe, options.out, options.work, options.start,
+                leave_out=options.leave_out, seen=options.seen, weights=weights,
+                choice=Choice(made, options.ratio, options.ratio_by, options.limit),
+            )  # fmt: skip
+        if done is not None:
+            calibration, figures = done
+            print(json.dumps({"out": str(options.out), "calibration": calibration,
+                              "test": figures}))  # fmt: skip
 
     return ended(work, "stopped; with --work the same command goes on from the last saved state")
 

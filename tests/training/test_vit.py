@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dermaflux import thumbnails
 from dermaflux.prompt import Lesion
-from training import classifier, data, scores, states, supervise, views, vit
+from training import classifier, data, draws, heads, scores, states, supervise, targets, views, vit
 
 RECIPE = classifier.Recipe()
 
@@ -28,7 +28,7 @@ def test_half_of_all_draws_are_malignant() -> None:
         [_sample("benign", "a")] * 90 + [_sample("benign", "b", "histo")] * 900
         + [_sample("malignant", "a")] * 10 + [_sample("malignant", "b", "histo")] * 200
     )  # fmt: skip
-    weights = supervise.draw_weights(samples).numpy()
+    weights = draws.draw_weights(samples).numpy()
     malignant = np.array([s.lesion.label == "malignant" for s in samples])
     assert weights[malignant].sum() == pytest.approx(weights[~malignant].sum())
     small, large = weights[0] * 90, weights[90] * 900
@@ -40,16 +40,16 @@ def test_groups_without_malignant_lesions_count_less() -> None:
         [_sample("benign", "a")] * 100 + [_sample("malignant", "a")] * 100
         + [_sample("benign", "b", "follow_up")] * 100
     )  # fmt: skip
-    weights = supervise.draw_weights(samples).numpy()
+    weights = draws.draw_weights(samples).numpy()
     assert weights[250] < 0.5 * weights[0]
     assert weights[200:].sum() > 0
 
 
-def _targets(mask: np.ndarray, label: int = 0) -> views.Targets:
-    return views.Targets(
+def _known(mask: np.ndarray, label: int = 0) -> targets.Targets:
+    return targets.Targets(
         label=torch.tensor([label]), diagnosis=torch.tensor([-1]),
         structures=torch.full((1, 5), -1.0), mask=torch.from_numpy(mask[None] * np.uint8(255)),
-        masked=torch.tensor([True]), box=torch.tensor([views._box(mask)]),
+        masked=torch.tensor([True]), box=torch.tensor([targets.box_of(mask)]),
     )  # fmt: skip
 
 
@@ -58,10 +58,10 @@ def test_a_zoomed_view_holds_the_lesion_and_turns_its_mask_with_it() -> None:
     mask = np.zeros((144, 144), bool)
     mask[20:60, 80:120] = True
     picture = torch.from_numpy(np.where(mask, 30, 220).astype(np.uint8)).expand(3, -1, -1)
-    targets, rows = _targets(mask), torch.zeros(64, dtype=torch.int64)
+    known, rows = _known(mask), torch.zeros(64, dtype=torch.int64)
     recipe = replace(RECIPE, zoom=1.0)
-    theta = views.views(targets, rows, recipe)
-    pictures, masks = views.augment(picture.expand(64, -1, -1, -1), targets.mask[rows], theta, 128)
+    shown = views.views(known, rows, recipe)
+    pictures, masks = views.augment(picture.expand(64, -1, -1, -1), known.mask[rows], shown, 128)
     assert (masks.mean((1, 2)) > 0.2).all()  # it is 8 % of the whole picture
     inside, outside = masks > 0.9, masks < 0.1
     for image, lesion, skin in zip(pictures.mean(1), inside, outside, strict=True):
@@ -71,12 +71,12 @@ def test_a_zoomed_view_holds_the_lesion_and_turns_its_mask_with_it() -> None:
 
 def test_unknown_targets_cost_nothing() -> None:
     torch.manual_seed(0)
-    model = supervise.Supervised(RECIPE)
+    model = heads.Supervised(RECIPE)
     outputs = model(torch.zeros(1, 3, 128, 128))
-    blank = np.zeros((128, 128), bool)
-    targets = replace(_targets(blank), masked=torch.tensor([False]))
-    loss, label = supervise._losses(
-        outputs, targets, torch.tensor([0]), torch.zeros(1, 128, 128), RECIPE
+    known = replace(_known(np.zeros((128, 128), bool)), masked=torch.tensor([False]))
+    batch = heads.Mixed(torch.tensor([0]), torch.tensor([0]), 1.0)
+    loss, label = heads.losses(
+        outputs, known, batch, batch, torch.zeros(1, 128, 128), RECIPE, torch.ones(2)
     )
     assert loss == label
 
@@ -84,35 +84,35 @@ def test_unknown_targets_cost_nothing() -> None:
 def test_a_killed_run_goes_on(dataset: Path, tmp_path: Path) -> None:
     samples, state = data.read(dataset, "train"), tmp_path / "state" / "vit.pt"
     recipe = replace(RECIPE, hours=2 / 3600, batch=8, threads=1)
-    _, before = supervise.train(samples, recipe, state)
-    _, after = supervise.train(samples, replace(recipe, hours=4 / 3600), state)
+    _, before = supervise.fit(samples, recipe, state_file=state)
+    _, after = supervise.fit(samples, replace(recipe, hours=4 / 3600), state_file=state)
     assert after.steps > before.steps > 0
     others = [replace(sample, source="other") for sample in samples]
     with pytest.raises(data.DatasetError, match=r"on other data: it read drawn .* not other"):
-        supervise.train(others, recipe, state)
+        supervise.fit(others, recipe, state_file=state)
     with pytest.raises(data.DatasetError, match=r"another recipe \(rate 0.001 instead of 0.1\)"):
-        supervise.train(samples, replace(recipe, rate=0.1), state)
+        supervise.fit(samples, replace(recipe, rate=0.1), state_file=state)
 
 
 def test_a_run_starts_from_anothers_weights(dataset: Path, tmp_path: Path) -> None:
     samples, first = data.read(dataset, "train"), tmp_path / "first.pt"
     recipe = replace(RECIPE, hours=2 / 3600, batch=8, threads=1)
     # Of another seed: however few steps there are time for, its weights are others.
-    average, begun = supervise.train(samples, replace(recipe, seed=1), first)
+    average, begun = supervise.fit(samples, replace(recipe, seed=1), state_file=first)
     still = replace(recipe, hours=1e-9)  # one step at the warm-up's first rate
     others = [replace(s, source="other", licence="CC-BY-NC-4.0") for s in samples]
     state = tmp_path / "second.pt"
-    again, history = supervise.train(others, still, state, first)
-    fresh, _ = supervise.train(samples, still)
+    again, history = supervise.fit(others, still, state_file=state, start=first)
+    fresh, _ = supervise.fit(samples, still)
     assert torch.allclose(again.head.weight, average.head.weight, atol=1e-3)
     assert not torch.allclose(fresh.head.weight, average.head.weight, atol=1e-3)
     # What the first run saw is told by the second, resumed without naming it as well.
     assert history.saw == [("drawn", "CC0-1.0"), ("other", "CC-BY-NC-4.0")]
-    _, resumed = supervise.train(others, still, state)
+    _, resumed = supervise.fit(others, still, state_file=state)
     assert resumed.start == begun
     assert resumed.document()["started_from"]["steps"] == begun.steps
     with pytest.raises(data.DatasetError, match=r"began from first\.pt .*, not from second\.pt"):
-        supervise.train(others, still, state, start=state)
+        supervise.fit(others, still, state_file=state, start=state)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"text", b"\x80\x02]q\x00."])
@@ -121,11 +121,11 @@ def test_a_file_that_is_no_state_is_one_line(dataset: Path, tmp_path: Path, cont
     file.write_bytes(content)
     for files in ({"start": file}, {"state_file": file}):
         with pytest.raises(data.DatasetError, match="cannot be used as a state") as caught:
-            supervise.train(samples, RECIPE, **files)
+            supervise.fit(samples, RECIPE, **files)
         assert "\n" not in str(caught.value)
     torch.save({"average": {}}, file)  # a state that does not say what it saw
     with pytest.raises(data.DatasetError, match="history"):
-        supervise.train(samples, RECIPE, start=file)
+        supervise.fit(samples, RECIPE, start=file)
 
 
 def test_features_are_what_the_last_layer_sees() -> None:
@@ -273,7 +273,9 @@ def test_a_test_on_what_was_learnt_is_refused(
     assert not (tmp_path / "o").exists()
     learnt: list[data.Sample] = []
     monkeypatch.setattr(
-        vit.supervise, "train", lambda samples, *_: learnt.extend(samples) or pytest.exit("trained")
+        vit.supervise,
+        "fit",
+        lambda samples, *_, **__: learnt.extend(samples) or pytest.exit("trained"),
     )
     seen = tmp_path / "seen.npz"
     with pytest.raises(pytest.exit.Exception):
@@ -293,10 +295,10 @@ def _refused(options: list[str], capsys: pytest.CaptureFixture[str],
              monkeypatch: pytest.MonkeyPatch) -> str:  # fmt: skip
     """What is printed of a run that is refused before it trains."""
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("trained")
 
-    monkeypatch.setattr(supervise, "train", never)
+    monkeypatch.setattr(supervise, "fit", never)
     assert vit.main(options) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

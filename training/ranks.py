@@ -1,0 +1,114 @@
+"""The processes that train one model together, as torchrun starts them, or this one alone.
+
+torchrun --nproc_per_node 2 -m training.vit --data ISIC2017 --out runs/vit
+
+>>> with joined():
+...     ranks = Ranks.here("auto")
+...     seconds = ranks.told(clock())       # the first process's, everywhere
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dermaflux.errors import DermaFluxError
+
+Told = TypeVar("Told")
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the processes that torchrun started; alone, nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    # The first process alone reads, calibrates and reports, which may take long.
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=6)
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process this is, of how many, and where it computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def here(cls, device: str = "cpu") -> Ranks:
+        """This process's place; `device` "auto" is a GPU where there is one."""
+        there = dist.is_initialized()
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if kind == "cuda":
+            number = int(os.environ.get("LOCAL_RANK", "0")) if there else 0
+            torch.cuda.set_device(number)
+            found = torch.device("cuda", number)
+        else:
+            found = torch.device("cpu")
+        return cls(dist.get_rank() if there else 0, dist.get_world_size() if there else 1, found)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def told(self, value: Told) -> Told:
+        """What the first process has, everywhere."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def once(self, work: Callable[[], Told]) -> Told:
+        """What the first process finds by `work`, everywhere; an error meant for the user too."""
+        found: tuple[Told | None, DermaFluxError | None] = (None, None)
+        if self.first:
+            try:
+                found = (work(), None)
+            except DermaFluxError as error:
+                found = (None, error)
+        value, failed = self.told(found)
+        if failed is not None:
+            raise failed
+        return cast(Told, value)
+
+    def added(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def averaged_buffers(self, model: nn.Module) -> None:
+        """Running statistics of batch normalisation become the mean over all processes."""
+        if self.world == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= self.world
+
+    def copies(self, model: nn.Module) -> Any:
+        """The model to call: gradients are averaged over the processes as they come."""
+        if self.world == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+        )

@@ -29,6 +29,8 @@ from dermaflux.prompt import VOCABULARY
 LISTS: Final = ("colors", "structures")
 OLDEST: Final = 130
 """Years, as `dermaflux.dataset.Record` has it."""
+MAX_WHY: Final = 400
+"""Characters of a sentence: a value that is quoted may fill the whole file."""
 _RANGE: Final = re.compile(r"([0-9]{1,3})\s*-\s*([0-9]{1,3})")
 
 Value: TypeAlias = str | tuple[str, ...] | range | None
@@ -44,23 +46,23 @@ def choice(where: str, name: str, given: object) -> Choice:
     """
     if isinstance(given, Mapping):
         if not given:
-            _refuse(where, "is empty; give a word, or words with weights")
+            refuse(where, "is empty; give a word, or words with weights")
         pairs = [
             (_value(where, name, key), weight(f"{where}.{'null' if key is None else key}", one))
             for key, one in given.items()
         ]
     elif name in LISTS and isinstance(given, list) and any(isinstance(one, list) for one in given):
         if not all(isinstance(one, list) for one in given):
-            _refuse(where, "mixes words and lists; write [[dark brown], [dark brown, black]]")
+            refuse(where, "mixes words and lists; write [[dark brown], [dark brown, black]]")
         pairs = [(_value(where, name, one), Fraction(1)) for one in given]
     else:
         pairs = [(_value(where, name, given), Fraction(1))]
     values = [value for value, _ in pairs]
     if len(set(values)) != len(values):
         twice = next(value for value in values if values.count(value) > 1)
-        _refuse(where, f"has {shown(twice)!r} twice; keep one")
+        refuse(where, f"has {shown(twice)!r} twice; keep one")
     if not sum(share for _, share in pairs):
-        _refuse(where, "has weights that are all 0; one at least must be above 0")
+        refuse(where, "has weights that are all 0; one at least must be above 0")
     return tuple((value, share) for value, share in pairs if share)
 
 
@@ -72,7 +74,7 @@ def weight(where: str, given: object) -> Fraction:
     """
     number = isinstance(given, int | float) and not isinstance(given, bool)
     if not number or (isinstance(given, float) and not math.isfinite(given)) or given < 0:  # type: ignore[operator]
-        _refuse(where, f"{given!r} is no weight; use a number from 0 on")
+        refuse(where, f"{given!r} is no weight; use a number from 0 on")
     return Fraction(str(given))
 
 
@@ -93,24 +95,24 @@ def _value(where: str, name: str, given: Any) -> Value:
     if name in LISTS:
         words = given.split(" and ") if isinstance(given, str) else given
         if not isinstance(words, list):
-            _refuse(where, f"needs words, not {given!r}")
+            refuse(where, f"needs words, not {given!r}")
         known = [_word(where, name, word) for word in words]
         if len(set(known)) != len(known):
-            _refuse(where, f"{given!r} names a word twice")
+            refuse(where, f"{given!r} names a word twice")
         return tuple(word for word in VOCABULARY[name] if word in known)
     if isinstance(given, list):
-        _refuse(where, "needs one word, or words with weights: {word: 1, another: 1}")
+        refuse(where, "needs one word, or words with weights: {word: 1, another: 1}")
     return _word(where, name, given)
 
 
 def _word(where: str, name: str, given: object) -> str:
     if not isinstance(given, str):
-        _refuse(where, f"needs a word, not {given!r}; put a word that YAML misreads in quotes")
+        refuse(where, f"needs a word, not {given!r}; put a word that YAML misreads in quotes")
     known = SEXES if name == "sex" else VOCABULARY.get(name)
     if known is not None and given not in known:
-        _refuse(where, f"{given!r} is not known; use {', '.join(known)}")
+        refuse(where, f"{given!r} is not known; use {', '.join(known)}")
     if known is None and (not given.strip() or not given.isprintable()):
-        _refuse(where, f"{given!r} is no plain text")
+        refuse(where, f"{given!r} is no plain text")
     return given
 
 
@@ -122,9 +124,10 @@ def _years(where: str, given: object) -> range:
     elif isinstance(given, str) and (match := _RANGE.fullmatch(given.strip())):
         low, high = int(match[1]), int(match[2])
     if type(low) is not int or type(high) is not int or not 0 <= low <= high <= OLDEST:
-        _refuse(where, f"{given!r} is no age; use whole years such as 45, or 20-39, up to {OLDEST}")
+        refuse(where, f"{given!r} is no age; use whole years such as 45, or 20-39, up to {OLDEST}")
     return range(low, high + 1)
 
 
-def _refuse(where: str, why: str) -> NoReturn:
-    raise DatasetError(f"{where}: {why}")
+def refuse(where: str, why: str) -> NoReturn:
+    """Raise `DatasetError` of a key's path and a sentence, which may quote no end of text."""
+    raise DatasetError(f"{where}: {why if len(why) <= MAX_WHY else why[: MAX_WHY - 3] + '...'}")

@@ -16,9 +16,11 @@ from typing import Any, Final
 from dermaflux.errors import DatasetError
 
 MAX_BYTES: Final = 2**17
-"""Written by hand, a thousand groups take half of it; reading it takes two seconds."""
+"""Written by hand, a thousand groups take half of it; reading it takes a second."""
 MAX_DEPTH: Final = 16
 """Lists and mappings in each other; a plan needs five."""
+MAX_SAID: Final = 200
+"""Characters of the library's own sentences, which quote tags and words whole."""
 _PLAIN: Final = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
@@ -48,9 +50,10 @@ def read(file: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
-        raise DatasetError(f"{file}{where}: {error.problem or error.context}") from error
+        said = str(error.problem or error.context)[:MAX_SAID]
+        raise DatasetError(f"{file}{where}: {said}") from error
     except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split())[:MAX_SAID]
         raise DatasetError(f"{file} is not YAML: {said}") from error
 
 
@@ -102,12 +105,17 @@ def _value(file: Path, yaml: Any, loader: Any, node: Any) -> Any:
             return loader.construct_object(node)
         # A date of month 13, a number of 5,000 digits, !!int of a word.
         except (ValueError, OverflowError) as error:
-            raise DatasetError(f"{file}, line {line}: {node.value[:40]!r}: {error}") from error
+            raise DatasetError(
+                f"{file}, line {line}: {node.value[:40]!r}: {str(error)[:MAX_SAID]}"
+            ) from error
         # !!bool of a word that is none.
         except KeyError as error:
-            raise DatasetError(f"{file}, line {line}: {error} is no value of its tag") from error
+            said = f"{node.value[:40]!r} is no value of its tag"
+            raise DatasetError(f"{file}, line {line}: {said}") from error
     if node.tag not in _PLAIN:
-        raise DatasetError(f"{file}, line {line}: the tag {node.tag} is not taken; leave it out")
+        raise DatasetError(
+            f"{file}, line {line}: the tag {node.tag[:MAX_SAID]} is not taken; leave it out"
+        )
     if isinstance(node, yaml.SequenceNode):
         return [_value(file, yaml, loader, one) for one in node.value]
     found: dict[Any, Any] = {}
@@ -117,6 +125,8 @@ def _value(file: Path, yaml: Any, loader: Any, node: Any) -> Any:
             raise DatasetError(f"{file}, line {line}: a key needs to be a word")
         key = _value(file, yaml, loader, key_node)
         if key in found:
-            raise DatasetError(f"{file}, line {line}: {key!r} stands there twice; keep one")
+            raise DatasetError(
+                f"{file}, line {line}: {str(key)[:40]!r} stands there twice; keep one"
+            )
         found[key] = _value(file, yaml, loader, value_node)
     return found

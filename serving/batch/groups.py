@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from dermaflux import dataset
 from dermaflux.bundle import Bundle
@@ -21,7 +21,7 @@ from dermaflux.dataset import SPLITS, Record
 from dermaflux.errors import DatasetError, RequestError
 from dermaflux.prompt import DIAGNOSES, VOCABULARY
 from dermaflux.request import validate
-from serving.batch.choices import Choice, choice
+from serving.batch.choices import Choice, choice, refuse
 from serving.batch.requests import DETAILS, SETTINGS, require_wording
 from serving.batch.sizes import sizes
 from serving.batch.template import Template
@@ -70,15 +70,15 @@ def groups(file: Path, plan: object, bundle: Bundle) -> list[Group]:
         DatasetError: a key or a value is wrong; it begins with the file and the key's path.
     """
     if not isinstance(plan, Mapping):
-        _refuse(str(file), f"needs a mapping with groups, not {plan!r}"[:200])
+        refuse(str(file), f"needs a mapping with groups, not {plan!r}")
     _check_keys(str(file), plan, PLAN)
     listed = plan.get("groups")
     if not isinstance(listed, list) or not listed:
-        _refuse(f"{file}: groups", "needs a list of groups, one at least")
+        refuse(f"{file}: groups", "needs a list of groups, one at least")
     for number, one in enumerate(listed):
         where = f"{file}: groups[{number}]"
         if not isinstance(one, Mapping):
-            _refuse(where, f"needs a mapping such as {{count: 10, label: benign}}, not {one!r}")
+            refuse(where, f"needs a mapping such as {{count: 10, label: benign}}, not {one!r}")
         _check_keys(where, one, GROUP)
     numbers = sizes(file, plan.get("total"), listed)
     datasets: dict[Path, list[Record]] = {}
@@ -91,7 +91,7 @@ def groups(file: Path, plan: object, bundle: Bundle) -> list[Group]:
 def _check_keys(where: str, given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
     for key in given:
         if key not in known:
-            _refuse(where, f"{key!r} is not known; use {', '.join(known)}")
+            refuse(where, f"{key!r} is not known; use {', '.join(known)}")
 
 
 def _group(
@@ -119,7 +119,7 @@ def _group(
         try:
             validate(bundle.defaults, bundle.limits, bundle.model, "-", 0, **{key: value})
         except RequestError as error:
-            _refuse(place, str(error).removeprefix(f"{error.field}: "))
+            refuse(place, str(error).removeprefix(f"{error.field}: "))
         settings[key] = value
     return Group(where, size, choices, records, template, settings)
 
@@ -132,30 +132,30 @@ def _records(
     like, split = one.get("like"), one.get("split")
     if like is None:
         if split is not None:
-            _refuse(f"{where}.split", "says which records of like to take, and there is no like")
+            refuse(f"{where}.split", "says which records of like to take, and there is no like")
         return ()
-    if not isinstance(like, str) or not like.strip():
-        _refuse(f"{where}.like", f"needs the folder of a dataset, not {like!r}")
+    if not isinstance(like, str) or not like.strip() or not like.isprintable():
+        refuse(f"{where}.like", f"needs the folder of a dataset, not {like!r}")
     for name in VOCABULARY:
         if name in choices and name != "label":
-            _refuse(f"{where}.{name}", "is drawn from like; leave one of the two out")
+            refuse(f"{where}.{name}", "is drawn from like; leave one of the two out")
     split = "train" if split is None else split
     if split not in SPLITS:
-        _refuse(f"{where}.split", f"{split!r} is not known; use {', '.join(SPLITS)}")
+        refuse(f"{where}.split", f"{split!r} is not known; use {', '.join(SPLITS)}")
     label = choices.pop("label", None)
     if label is not None and len(label) > 1:
-        _refuse(f"{where}.label", "needs one word beside like; make a group for each label")
+        refuse(f"{where}.label", "needs one word beside like; make a group for each label")
     folder = file.parent / like
     if folder not in datasets:
         try:
             datasets[folder] = dataset.read(folder)
         except DatasetError as error:
-            _refuse(f"{where}.like", str(error))
+            refuse(f"{where}.like", str(error))
     wanted = None if label is None else label[0][0]
     kept = [r for r in datasets[folder] if r.split == split and wanted in (None, r.lesion.label)]
     if not kept:
         what = f"{wanted} record" if wanted else "record"
-        _refuse(f"{where}.like", f"{folder} has no {what} in split {split}")
+        refuse(f"{where}.like", f"{folder} has no {what} in split {split}")
     return tuple(kept)
 
 
@@ -167,14 +167,14 @@ def _check_labels(where: str, choices: Mapping[str, Choice]) -> None:
         for word in diagnoses:
             if not isinstance(word, str) or DIAGNOSES[word] is None:
                 why = f"{word!r} implies none" if word else "not every picture has a diagnosis"
-                _refuse(f"{where}.label", f"is missing, and {why}; use benign or malignant")
+                refuse(f"{where}.label", f"is missing, and {why}; use benign or malignant")
     if None in labels:
-        _refuse(f"{where}.label", "cannot be left out (null): a dataset needs it")
+        refuse(f"{where}.label", "cannot be left out (null): a dataset needs it")
     for word in diagnoses:
         implied = DIAGNOSES[word] if isinstance(word, str) else None
         other = next((label for label in labels if implied not in (None, label)), None)
         if other:
-            _refuse(
+            refuse(
                 f"{where}.diagnosis",
                 f"{word!r} is {implied}, but label may be {other!r}; make a group for each label, "
                 "or leave label out",
@@ -189,16 +189,16 @@ def _template(
     if given is None:
         given = "{caption}"
     if not isinstance(given, str):
-        _refuse(place, f"needs a text, not {given!r}")
+        refuse(place, f"needs a text, not {given!r}")
     try:
         template = Template(given)
         if "caption" in template.fields:
             require_wording(bundle)
     except ValueError as error:
-        _refuse(place, str(error))
+        refuse(place, str(error))
     asked = any(value for value, _ in choices.get("skin_type", ()))
     if asked and "skin_type" not in template.fields:
-        _refuse(
+        refuse(
             f"{where}.skin_type",
             "changes no picture, for captions do not tell it and the prompt does not name it; "
             'write prompt: "{caption}, Fitzpatrick skin type {skin_type}"',
@@ -211,13 +211,9 @@ def _template(
         else:
             lacking = not records or not all(has(record, name) for record in records)
         if lacking:
-            _refuse(
+            refuse(
                 place,
                 f"names {{{name}}}, which some pictures of {where.rpartition(' ')[2]} do not have; "
                 f'put it in square brackets, such as "[, {{{name}}}]", to leave it out there',
             )
     return template
-
-
-def _refuse(where: str, why: str) -> NoReturn:
-    raise DatasetError(f"{where}: {why}")

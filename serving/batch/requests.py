@@ -15,7 +15,7 @@ seeds come from a line's place among all that are not blank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from dermaflux.bundle import Bundle
 from dermaflux.dataset import Record
 from dermaflux.errors import DatasetError, RequestError
 from dermaflux.prompt import VOCABULARY, WORDING, Lesion, caption
-from dermaflux.request import validate
+from dermaflux.request import Request, validate
 from serving.batch.items import Bad, Item, default_name, item_seed, named
 from serving.batch.jsonlines import lines, parsed, plain
 
@@ -56,22 +56,6 @@ def read(file: Path, bundle: Bundle, run: int) -> tuple[list[Item], list[Bad]]:
     raise DatasetError(f"{file} asks for no picture, its {len(bad)} lines are bad: {reasons}")
 
 
-def details(given: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """Those of `DETAILS` that are given, as `dermaflux.dataset.Record` takes them.
-
-    Raises:
-        DatasetError: a value of another type, out of range, or no text that a file can hold.
-    """
-    found = {name: given[name] for name in DETAILS if given.get(name) is not None}
-    if found:
-        try:
-            Record(file_name="-", label=label, **found)
-        except OverflowError:
-            # An integer of hundreds of digits, which is no float.
-            raise DatasetError("age is no number of years; use 0 to 130") from None
-    return found
-
-
 def require_wording(bundle: Bundle) -> None:
     """Check that a bundle's generator was trained on the captions that are written here.
 
@@ -97,9 +81,10 @@ class _Wanted:
     places: int = 0
     # Ids in lower case -> their line: some disks do not tell A.png from a.png.
     ids: dict[str, int] = field(default_factory=dict)
-    # Lines repeat lesions and prompts, so a million of them share a few in memory.
+    # Lines repeat each other: what was checked once is shared, for time and for memory.
     captions: dict[Lesion, tuple[Lesion, str]] = field(default_factory=dict)
     prompts: dict[str, str] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, number: int, text: str | None) -> None:
         index = self.places
@@ -136,16 +121,18 @@ class _Wanted:
         given = {key: value for key, value in row.items() if value is not None}
         lesion = self._lesion(given)
         seed = given.get("seed")
-        request = validate(
-            self.bundle.defaults,
-            self.bundle.limits,
-            self.bundle.model,
-            self._prompt(given, lesion),
+        request = self._validated(
+            "-",
             seed=item_seed(self.run, name) if seed is None else seed,
             **{key: given.get(key) for key in SETTINGS},
         )
-        more = details(given, str(lesion.label))
+        request = replace(request, prompt=self._prompt(given, lesion))
+        more = self._details({name: given[name] for name in DETAILS if name in given}, lesion)
         return Item(name, index, lesion, request, more, fixed=seed is not None)
+
+    def _validated(self, prompt: Any, **values: Any) -> Request:
+        bundle = self.bundle
+        return validate(bundle.defaults, bundle.limits, bundle.model, prompt, **values)
 
     def _name(self, number: int, index: int, name: object) -> str:
         if name is None:
@@ -172,14 +159,31 @@ class _Wanted:
             except RequestError as error:
                 # The words stand in the line itself here.
                 raise ValueError(str(error).removeprefix("lesion.")) from None
-        return self.captions.setdefault(lesion, (lesion, caption(lesion)))[0]
+        if lesion not in self.captions:
+            self.captions[lesion] = (lesion, caption(lesion))
+        return self.captions[lesion][0]
 
-    def _prompt(self, given: Mapping[str, Any], lesion: Lesion) -> Any:
+    def _prompt(self, given: Mapping[str, Any], lesion: Lesion) -> str:
         if "prompt" not in given:
             require_wording(self.bundle)
             return self.captions[lesion][1]
         prompt = given["prompt"]
-        return self.prompts.setdefault(prompt, prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, str) or prompt not in self.prompts:
+            checked = self._validated(prompt, seed=0).prompt
+            self.prompts[checked] = checked
+        return self.prompts[prompt]
+
+    def _details(self, given: Mapping[str, Any], lesion: Lesion) -> dict[str, Any]:
+        # By their spelling: to Python 1, 1.0 and True are one key.
+        spelt = repr(given)
+        if spelt not in self.details:
+            try:
+                Record(file_name="-", label=str(lesion.label), **given)
+            except OverflowError:
+                # An age of hundreds of digits, which is no float.
+                raise DatasetError("age is no number of years; use 0 to 130") from None
+            self.details[spelt] = dict(given)
+        return self.details[spelt]
 
 
 def _merged(lesion: object, words: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-from dermaflux.errors import DatasetError
 from serving.batch import quotas
-from serving.batch.choices import weight
+from serving.batch.choices import refuse, weight
 
 MAX_PICTURES: Final = 1_000_000
 """Months on one GPU; what is more is a slip of the finger, or several jobs."""
@@ -33,11 +32,11 @@ def sizes(file: Path, total: object, groups: Sequence[Mapping[str, Any]]) -> lis
     for number, one in enumerate(groups):
         given = [kind for kind in ("count", "share") if one.get(kind) is not None]
         if len(given) != 1:
-            _refuse(f"{file}: groups[{number}]", "needs one of count and share")
+            refuse(f"{file}: groups[{number}]", "needs one of count and share")
         kinds += given
     if len(set(kinds)) > 1:
         other = next(n for n, kind in enumerate(kinds) if kind != kinds[0])
-        _refuse(
+        refuse(
             f"{file}: groups[{other}].{kinds[other]}",
             f"stands beside groups[0].{kinds[0]}; use count in all groups, or share in all",
         )
@@ -45,19 +44,19 @@ def sizes(file: Path, total: object, groups: Sequence[Mapping[str, Any]]) -> lis
     if kinds[0] == "count":
         found = [_count(f"{file}: groups[{n}].count", value) for n, value in enumerate(values)]
         if total is not None and sum(found) != total:
-            _refuse(f"{file}: total", f"is {total}, but the groups count {sum(found)}; mend one")
+            refuse(f"{file}: total", f"is {total}, but the groups count {sum(found)}; mend one")
         _count(f"{file}: the sum of all counts", sum(found))
         return found
     if total is None:
-        _refuse(f"{file}: total", "is missing, of which groups ask for a share")
+        refuse(f"{file}: total", "is missing, of which groups ask for a share")
     shares = [weight(f"{file}: groups[{n}].share", value) for n, value in enumerate(values)]
     whole = sum(shares, Fraction(0))
     if abs(whole - 1) > ROUNDING:
-        _refuse(f"{file}: groups", f"have shares that sum to {float(whole):g}; they need 1")
+        refuse(f"{file}: groups", f"have shares that sum to {float(whole):g}; they need 1")
     found = quotas.counts(shares, total)
     if 0 in found:
         empty = found.index(0)
-        _refuse(
+        refuse(
             f"{file}: groups[{empty}].share",
             f"{values[empty]!r} of {total} is no picture; raise one, or leave it out",
         )
@@ -66,9 +65,5 @@ def sizes(file: Path, total: object, groups: Sequence[Mapping[str, Any]]) -> lis
 
 def _count(where: str, given: object) -> int:
     if type(given) is not int or not 1 <= given <= MAX_PICTURES:
-        _refuse(where, f"{given!r} is no number of pictures; use 1 to {MAX_PICTURES}")
+        refuse(where, f"{given!r} is no number of pictures; use 1 to {MAX_PICTURES}")
     return given
-
-
-def _refuse(where: str, why: str) -> NoReturn:
-    raise DatasetError(f"{where}: {why}")

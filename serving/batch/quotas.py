@@ -5,7 +5,7 @@ Four thousand independent draws of a share of 0.2 give 800, give or take 25; a p
     >>> counts([Fraction("0.7"), Fraction("0.3")], 5)
     [4, 1]
     >>> [("melanoma", "nevus")[i] for i in laid([Fraction(1), Fraction(1)], 4, "7/0/diagnosis")]
-    ['nevus', 'melanoma', 'melanoma', 'nevus']
+    ['nevus', 'nevus', 'melanoma', 'melanoma']
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ Shares are interleaved (share 2 of 3 has the items 1, 4, 7, ...), so that each h
 What `--shard` may be, and what is read of the environment:
 
     2/3                    nothing
-    slurm                  SLURM_ARRAY_TASK_ID, _MIN, _MAX, _COUNT: an array 0-15 or 1-16, whole
+    slurm                  SLURM_ARRAY_TASK_ID, _MIN, _MAX, _COUNT, _STEP: a whole array, such as
+                           0-15, 1-16 or 0-30:2
     slurm/0-15 slurm/16    SLURM_ARRAY_TASK_ID: the array that the job was first submitted with, for
-    slurm/1-31:2           a part of it submitted again (`sbatch --array=3,7`), or one with a step
+    slurm/0-30:2           a part of it submitted again (`sbatch --array=3,7`)
     kubernetes             JOB_COMPLETION_INDEX, and JOB_COMPLETIONS, which the manifest has to set
     kubernetes/16          JOB_COMPLETION_INDEX
 
@@ -147,14 +148,17 @@ def _whole_array(environment: Mapping[str, str]) -> range:
         _value(f"SLURM_ARRAY_TASK_{name}", environment, least, _MOST)
         for name, least in (("MIN", 0), ("MAX", 0), ("COUNT", 1))
     )
-    # A step does not show: to SLURM the list 0,2,4 of tasks to repeat is the array 0-4:2.
-    if first > 1 or last - first + 1 != count:
+    # Of a list such as 0,2,4 the step is 1, so lists have holes whatever their numbers are.
+    name = "SLURM_ARRAY_TASK_STEP"
+    step = _value(name, environment, 1, _MOST) if name in environment else 1
+    if first > 1 or last - first != step * (count - 1):
         raise DatasetError(
-            f"SLURM_ARRAY_TASK_MIN is {first}, _MAX is {last} and _COUNT is {count}: an array 0-N "
-            "or 1-N would be a whole job, this may be a part of one; say what array the job was "
-            "first submitted with, such as --shard slurm/0-15, slurm/1-16 or slurm/0-30:2"
+            f"SLURM_ARRAY_TASK_MIN is {first}, _MAX is {last}, _COUNT is {count} and _STEP is "
+            f"{step}: an array from 0 or 1 without holes would be a whole job, this may be a part "
+            "of one; say what array the job was first submitted with, such as --shard slurm/0-15, "
+            "slurm/1-16 or slurm/0-30:2"
         )
-    return range(first, last + 1)
+    return range(first, last + 1, step)
 
 
 def _array(whole: str) -> range:

@@ -11,16 +11,15 @@ from dermaflux.errors import DatasetError
 from serving.batch.sharding import Shard, chosen
 
 
-def array(ids: list[int]) -> list[dict[str, str]]:
-    """The environments of an array's tasks, as SLURM makes them of `--array` with these ids."""
-    step = ids[1] - ids[0] if len(ids) > 1 else 1
+def array(ids: list[int] | range) -> list[dict[str, str]]:
+    """The environments of an array's tasks: as SLURM 22.05 makes them of a range, or of a list."""
     return [
         {
             "SLURM_ARRAY_TASK_ID": str(one),
             "SLURM_ARRAY_TASK_MIN": str(min(ids)),
             "SLURM_ARRAY_TASK_MAX": str(max(ids)),
             "SLURM_ARRAY_TASK_COUNT": str(len(ids)),
-            "SLURM_ARRAY_TASK_STEP": str(step),
+            "SLURM_ARRAY_TASK_STEP": str(ids.step if isinstance(ids, range) else 1),
             "SLURM_PROCID": "0",
         }
         for one in ids
@@ -55,9 +54,11 @@ def test_shares_are_interleaved_and_together_all() -> None:
 
 
 @pytest.mark.parametrize("option", [None, "slurm"])
-@pytest.mark.parametrize("ids", [range(16), range(1, 17), range(1), range(1, 2)])
+@pytest.mark.parametrize(
+    "ids", [range(16), range(1, 17), range(1), range(1, 2), range(0, 31, 2), range(1, 32, 2)]
+)
 def test_a_whole_array_is_all_of_a_job(option: str | None, ids: range) -> None:
-    shards = [chosen(option, one) for one in array(list(ids))]
+    shards = [chosen(option, one) for one in array(ids)]
     assert [shard.number for shard in shards] == list(range(1, len(ids) + 1))
     assert_whole(shards)
 
@@ -85,7 +86,7 @@ def test_the_count_of_pods_may_come_from_the_option_alone() -> None:
 def test_tasks_submitted_again_have_their_first_share(
     option: str, whole: range, part: list[int]
 ) -> None:
-    first = {one: chosen(option, task) for one, task in zip(whole, array([*whole]), strict=True)}
+    first = {one: chosen(option, task) for one, task in zip(whole, array(whole), strict=True)}
     assert_whole([*first.values()])
     for one, task in zip(part, array(part), strict=True):
         assert chosen(option, task) == first[one]
@@ -100,7 +101,7 @@ def test_part_of_an_array_is_never_taken_for_the_whole(option: str | None, ids: 
 
 
 def test_every_task_of_an_array_from_one_hears_that_it_is_not_from_zero() -> None:
-    for task in array([*range(1, 17)]):
+    for task in array(range(1, 17)):
         with pytest.raises(DatasetError, match=r"is 16, which is not in the array 0-15; say"):
             chosen("slurm/16", task)
 
@@ -157,15 +158,18 @@ def test_an_option_of_another_form_is_refused(option: str) -> None:
         chosen(option, array([0, 1])[0] | pods(3)[0])
 
 
-@pytest.mark.parametrize("name", ["ID", "MIN", "MAX", "COUNT"])
+@pytest.mark.parametrize("name", ["ID", "MIN", "MAX", "COUNT", "STEP"])
 @pytest.mark.parametrize("value", ["", " ", "x", "-1", "1.5", "٣", "99999999", "9" * 5000, None])
 def test_a_bad_variable_of_slurm_is_named(name: str, value: str | None) -> None:
-    task = array([*range(16)])[5]
+    task = array(range(16))[5]
     variable = f"SLURM_ARRAY_TASK_{name}"
     if value is None:
         del task[variable]
     else:
         task[variable] = value
+    if (name, value) == ("STEP", None):
+        assert chosen("slurm", task) == Shard(6, 16)
+        return
     options = ["slurm"] if (name, value) == ("ID", None) else ["slurm", None]
     for option in options:
         with pytest.raises(DatasetError, match=variable):

@@ -150,7 +150,8 @@ def calibration_error(
 
     The mean over pictures of |mean probability - share of malignant| of their bin. Bins hold about
     as many pictures each, so that few are nearly empty; equal probabilities share a bin. Bins are
-    cut on the pictures as they are, and kept in the draws.
+    cut on the pictures as they are, and kept in the draws. Chance alone gives some error, and draws
+    are noisier than the pictures: the interval lies high, and is no test of a perfect calibration.
     """
     if not len(probability) or np.isnan(probability).any():
         return np.full(1 if weights is None else len(weights), np.nan)

@@ -11,6 +11,7 @@ curves differ by their strokes as well.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from training import metrics, roc
 from training.evaluation import CONFIRMED, CONTROLS
 from training.figures import Floats
 from training.raw_scores import RawScores, probabilities
+from training.roc import Labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,8 +81,8 @@ def names(sources: Iterable[str]) -> list[str]:
     for source in sources:
         words = re.sub(r"[^a-z0-9]+", "_", re.split(r"[(,;]", source.lower())[0]).strip("_")
         name = words[:40] or "source"
-        again = sum(one == name or re.fullmatch(rf"{name}_\d+", one) is not None for one in found)
-        found.append(f"{name}_{again + 1}" if again else name)
+        tried = (name if number == 1 else f"{name}_{number}" for number in itertools.count(1))
+        found.append(next(one for one in tried if one not in found))
     return found
 
 
@@ -159,10 +161,15 @@ def _reliability(
             calibration["threshold"], color=_GREEN, linestyle="--", linewidth=1.4, label=line
         )
     errors = found["calibration_error_uncalibrated"], found["calibration_error"]
-    _points(axes, before, raw, _GREY, "s", f"before calibration: error {errors[0]:.3f}")
+    _points(axes, before, raw.label, _GREY, "s", f"before calibration: error {errors[0]:.3f}")
     brier = found["whole"]["metrics"]["brier"]
     said = f"after: error {errors[1]:.3f}, Brier score {_span(brier['value'], brier['interval'])}"
-    _points(axes, after, raw, _BLUE, "o", said)
+    _points(axes, after, raw.label, _BLUE, "o", said)
+    some = raw.confirmed == CONFIRMED
+    if some.any() and not some.all():
+        error = found["histology"]["metrics"]["calibration_error"]["value"]
+        said = f"after, {some.sum()} histology-confirmed: error {error:.3f}"
+        _points(axes, after[some], raw.label[some], _RED, "D", said)
     whole = found["whole"]
     auc = f"AUC {_span(whole['auc'], whole['interval'])}"
     edges = np.linspace(0, 1, 41)
@@ -175,12 +182,13 @@ def _reliability(
         )  # fmt: skip
     below.set_yscale("symlog", linthresh=1)
     below.yaxis.set_major_formatter("{x:g}")
-    below.set(xlabel="probability of malignant", ylabel="pictures", xlim=(0, 1), ylim=(0, None))
-    below.legend(frameon=False, loc="upper right")
+    below.set(xlabel="probability of malignant", ylabel="pictures", xlim=(0, 1))
+    # Room above the tallest bar, for the legend.
+    below.set_ylim(0, 30 * below.get_ylim()[1])
+    below.legend(frameon=False, loc="upper right", ncols=2)
     axes.set(ylim=(-0.02, 1.02), ylabel="share that is malignant")
-    said = f"{auc}, n = {len(raw)} ({whole['malignant']} malignant)"
-    axes.text(0.02, 0.97, said, transform=axes.transAxes, va="top", fontsize=10)
-    axes.set_title(_title("Reliability of the probability", source))
+    counted = f"{auc}, n = {len(raw)} ({whole['malignant']} malignant)"
+    axes.set_title(f"{_title('Reliability of the probability', source)}\n{counted}")
     axes.grid(color="#e6e6e6", linewidth=0.6)
     lines, labels = axes.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower left", frameon=False)
@@ -188,14 +196,14 @@ def _reliability(
 
 
 def _points(
-    axes: Axes, probability: Floats, raw: RawScores, colour: str, marker: str, said: str
+    axes: Axes, probability: Floats, labels: Labels, colour: str, marker: str, said: str
 ) -> None:
     """Each bin of the calibration error, with the Wilson interval (1927) of its share."""
     inside = metrics.binned(probability)
     rows = [inside == one for one in np.unique(inside)]
     count = np.array([chosen.sum() for chosen in rows])
     centre = np.array([probability[chosen].mean() for chosen in rows])
-    share = np.array([raw.label[chosen].mean() for chosen in rows])
+    share = np.array([labels[chosen].mean() for chosen in rows])
     z = 1.96
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)

@@ -170,10 +170,14 @@ def probabilities(logits: Floats, scale: float) -> Floats:
 
 
 def decisions(probability: Floats, calibration: Mapping[str, Any]) -> Texts:
-    """What the service decides: the label, or `abstain` within the band (low <= p < high)."""
+    """What the service decides: the label, or `abstain` within the band (low <= p < high).
+
+    What is no number is no answer either.
+    """
     low, high = calibration["abstain"]
     labels = np.where(probability >= calibration["threshold"], LABELS[1], LABELS[0])
-    return np.where((low <= probability) & (probability < high), "abstain", labels)
+    unsure = (low <= probability) & (probability < high) | ~np.isfinite(probability)
+    return np.where(unsure, "abstain", labels)
 
 
 def particulars(samples: Sequence[data.Sample]) -> list[Record | None]:

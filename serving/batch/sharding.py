@@ -151,12 +151,13 @@ def _whole_array(environment: Mapping[str, str]) -> range:
     # Of a list such as 0,2,4 the step is 1, so lists have holes whatever their numbers are.
     name = "SLURM_ARRAY_TASK_STEP"
     step = _value(name, environment, 1, _MOST) if name in environment else 1
-    if first > 1 or last - first != step * (count - 1):
+    # One task is a share to be repeated far more often than a job of one share.
+    if first > 1 or count == 1 or last - first != step * (count - 1):
         raise DatasetError(
             f"SLURM_ARRAY_TASK_MIN is {first}, _MAX is {last}, _COUNT is {count} and _STEP is "
-            f"{step}: an array from 0 or 1 without holes would be a whole job, this may be a part "
-            "of one; say what array the job was first submitted with, such as --shard slurm/0-15, "
-            "slurm/1-16 or slurm/0-30:2"
+            f"{step}: several tasks from 0 or 1 without holes would be a whole job, this may be a "
+            "part of one; say what array the job was first submitted with, such as --shard "
+            "slurm/0-15, slurm/1-16 or slurm/0-30:2"
         )
     return range(first, last + 1, step)
 

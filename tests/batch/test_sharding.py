@@ -55,7 +55,7 @@ def test_shares_are_interleaved_and_together_all() -> None:
 
 @pytest.mark.parametrize("option", [None, "slurm"])
 @pytest.mark.parametrize(
-    "ids", [range(16), range(1, 17), range(1), range(1, 2), range(0, 31, 2), range(1, 32, 2)]
+    "ids", [range(16), range(1, 17), range(2), range(1, 3), range(0, 31, 2), range(1, 32, 2)]
 )
 def test_a_whole_array_is_all_of_a_job(option: str | None, ids: range) -> None:
     shards = [chosen(option, one) for one in array(ids)]
@@ -80,6 +80,7 @@ def test_the_count_of_pods_may_come_from_the_option_alone() -> None:
         ("slurm/0-15", range(16), [0, 2, 4]),
         ("slurm/1-16", range(1, 17), [3]),
         ("slurm/0-30:2", range(0, 31, 2), [6, 8]),
+        ("slurm/1", range(1), [0]),
         ("slurm/1-31:2", range(1, 32, 2), [31]),
     ],
 )
@@ -93,7 +94,9 @@ def test_tasks_submitted_again_have_their_first_share(
 
 
 @pytest.mark.parametrize("option", [None, "slurm"])
-@pytest.mark.parametrize("ids", [[3], [3, 7, 9], [0, 2, 4], [1, 3, 5], [2, 3, 4], [0, 1, 3]])
+@pytest.mark.parametrize(
+    "ids", [[0], [1], [3], [3, 7, 9], [0, 2, 4], [1, 3, 5], [2, 3, 4], [0, 1, 3]]
+)
 def test_part_of_an_array_is_never_taken_for_the_whole(option: str | None, ids: list[int]) -> None:
     for task in array(ids):
         with pytest.raises(DatasetError, match=rf"_MIN is {ids[0]}, .*--shard slurm/0-15"):

@@ -163,5 +163,5 @@ def test_a_share_is_tried_again_by_its_status(job: dict[str, Any]) -> None:
             assert rule["onExitCodes"]["containerName"] == container["name"]
             codes[rule["action"]] = rule["onExitCodes"]["values"]
     # 1 is not among them: items that failed are tried again, so many times.
-    assert codes == {"FailJob": [2, 3], "Ignore": [130]}
+    assert codes == {"FailJob": [3], "FailIndex": [2], "Ignore": [130]}
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] >= 60

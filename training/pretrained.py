@@ -149,7 +149,8 @@ class Pretrained:
         if len(used) < _ENOUGH * len(body):
             raise DatasetError(
                 f"the weights {self.name} do not fit {architecture}: {len(used)} of its "
-                f"{len(body)} tensors are there, {len(fitted.missing)} are missing, "
+                f"{len(body)} tensors are there, "
+                f"{len(body) - len(used) - len(fitted.other_shape)} are missing, "
                 f"{len(fitted.other_shape)} are of another shape and {len(fitted.unexpected)} of "
                 "the file's are of no use; name the model that they are of as --model, with "
                 "--model-args where it was built with some"

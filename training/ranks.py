@@ -110,5 +110,4 @@ class Ranks:
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
         )

@@ -146,7 +146,9 @@ def run(
     calibration = scores.calibrate(logits, labels, scale, recipe)
     calibration["shift"] = round(shift, 4)
     logits_of = partial(classifier.logits_of, model)
-    figures = scores.report(logits_of, splits["test"], calibration, recipe.whole)
+    figures = scores.report(
+        logits_of, splits["test"], calibration, recipe.whole, validation=splits["val"], out=out
+    )
     classifier.save(model, recipe, calibration, figures, history, out, _counted(chosen, choice))
     add_classifier(out.parent, history.saw)
     return calibration, figures
@@ -191,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         if done is not None:
             calibration, figures = done
             print(json.dumps({"out": str(options.out), "calibration": calibration,
-                              "test": figures}))  # fmt: skip
+                              "test": scores.brief(figures)}))  # fmt: skip
 
     return ended(work, "stopped; with --work the same command goes on from the last saved state")
 

@@ -238,7 +238,8 @@ def test_it_learns_and_timm_opens_the_result(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "classifier"
-    status = vit.main(["--data", str(dataset), "--out", str(out), "--hours", str(20 / 3600)])
+    budget = ["--steps", "40", "--batch", "16", "--size", "64", "--threads", "1"]
+    status = vit.main(["--data", str(dataset), "--out", str(out), *budget])
     assert status == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["test"]["drawn"]["whole"]["auc"] == 1.0  # large dark against small pale blobs
@@ -247,7 +248,8 @@ def test_it_learns_and_timm_opens_the_result(
         config["architecture"], num_classes=2, **config["model_args"], pretrained=False
     )
     model.load_state_dict(load_file(out / "model.safetensors"))
-    images = data.load_images(data.read(dataset, "test"), 128)
+    images = data.load_images(data.read(dataset, "test"), 64)
+    model.pretrained_cfg = config["pretrained_cfg"]
     logits = classifier.logits_of(model.eval(), images)
     assert torch.tensor(logits).isfinite().all()
     assert np.array_equal(classifier.logits_of(classifier.load(out), images), logits)

@@ -131,6 +131,8 @@ def test_calibration_error_of_known_bins() -> None:
     p = np.repeat([0.1, 0.6], 50)
     labels = np.concatenate([np.arange(50) < 5, np.arange(50) < 40]).astype(np.int64)
     assert metrics.calibration_error(p, labels)[0] == pytest.approx((0 + 0.2) / 2)
+    weights = np.repeat([[3.0, 1.0], [0.0, 2.0]], 50, axis=1)
+    assert metrics.calibration_error(p, labels, weights) == pytest.approx([0.2 / 4, 0.2])
     random = np.random.default_rng(0)
     honest = random.random(20_000)
     drawn = (random.random(20_000) < honest).astype(np.int64)

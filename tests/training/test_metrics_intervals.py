@@ -119,6 +119,13 @@ def test_runs_are_a_matter_of_chance_as_well() -> None:
     )
     assert both["value"] == fixed["value"]
     assert np.diff(both["interval"]) > 1.2 * np.diff(fixed["interval"])
+    # As many runs are pairs: what shifts both by the same seed does not count.
+    shifted = random.normal(labels * (1 + better[:, None]))
+    paired, crossed = (
+        bootstrap.difference(metrics.auc, runs, other, labels, np.arange(300), 400)["interval"]
+        for other in (shifted, shifted[[2, 1, 4, 3, 0]])
+    )
+    assert np.diff(paired) < 0.8 * np.diff(crossed)
     unequal = bootstrap.difference(metrics.auc, runs, base[:2], labels, np.arange(300), 50)
     assert unequal["interval"][0] < unequal["value"] < unequal["interval"][1]
 

@@ -110,9 +110,12 @@ def test_another_table_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_figure_of_a_confirmed_source_is_given_for_histology_and_controls(
-    found: dict[str, Any],
+    raw: RawScores, found: dict[str, Any]
 ) -> None:
     ham, isic = found["HAM, with follow-up"], found['ISIC "2017"']
+    own = raw.where(raw.confirmed == "histo")
+    assert ham["histology"] == evaluation._block(own, CALIBRATION, DRAWS)
+    assert ham["histology_border_only"]["images"] == len(own)
     assert isic.keys() == ham.keys() - {
         "histology", "histology_border_only", "histology_lesion_masked"
     }  # fmt: skip
@@ -149,6 +152,24 @@ def test_subgroups_hold_every_picture_once(raw: RawScores, found: dict[str, Any]
     assert male["sensitivity"]["value"] == pytest.approx(np.mean(called[of.label == 1]), abs=1e-4)
     assert male["abstained"]["value"] == pytest.approx(np.mean(of.decision == "abstain"), abs=1e-4)
     assert male["conformal"]["coverage"]["interval"]
+
+
+def test_an_age_is_in_the_band_that_begins_with_it(raw: RawScores) -> None:
+    ages = [0, 29.5, 30, 44, 45, 59, 60, 74, 75, 130, np.nan]
+    some = replace(raw.where(np.arange(len(ages))), age=np.array(ages, float))
+    assert subgroups.columns(some)["age"].tolist() == [
+        *["under 30"] * 2, *["30 to 44"] * 2, *["45 to 59"] * 2, *["60 to 74"] * 2,
+        *["75 on"] * 2, "unknown",
+    ]  # fmt: skip
+
+
+def test_decisions_are_those_of_the_service() -> None:
+    p = np.array([0.1, 0.2, 0.3, 0.399, 0.4, 0.9, np.nan])
+    assert decisions(p, CALIBRATION).tolist() == [
+        "benign", "abstain", "abstain", "abstain", "malignant", "malignant", "abstain"
+    ]  # fmt: skip
+    outside = CALIBRATION | {"abstain": [0.3, 0.3]}
+    assert decisions(p[:3], outside).tolist() == ["benign", "benign", "malignant"]
 
 
 def test_small_subgroups_are_listed_with_their_counts() -> None:

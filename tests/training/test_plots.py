@@ -63,7 +63,7 @@ def test_curves_and_their_threshold_are_drawn(tmp_path: Path) -> None:
 def test_plots_of_a_source_that_went_are_removed(tmp_path: Path) -> None:
     _saved(tmp_path, _raw("old"))
     (tmp_path / "notes.txt").write_text("mine")
-    _saved(tmp_path, _raw("new $x_1^"))  # no formula
+    _saved(tmp_path, _raw("new $x_1^$"))  # no formula
     assert {file.name for file in tmp_path.iterdir()} == {
         "notes.txt", "roc_new_x_1.png", "reliability_new_x_1.png"
     }  # fmt: skip

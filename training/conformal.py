@@ -10,8 +10,9 @@ malignant} says "not known", {} that neither label looks like those seen.
     >>> sets(probability, fitted)  # [N, 2]: benign in it, malignant in it
 
 The promise is for pictures of the same sources, and for the average over calibration splits; what
-the test split gives stands in the report, by source and by subgroup. Calibrate on one split and on
-nothing else.
+the test split gives stands in the report, by source and by subgroup. Temperature and shift of the
+same split do not weaken it, for they keep the order of the probabilities; a training stopped early
+by that split does, a little, and so do several pictures of one lesion.
 """
 
 from __future__ import annotations

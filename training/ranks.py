@@ -32,9 +32,8 @@ def joined() -> Iterator[None]:
         yield
         return
     # The first process alone reads, calibrates and reports, which may take long.
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=6)
-    )
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=6))
     try:
         yield
     finally:

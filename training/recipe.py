@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
+from dermaflux.command import option
 from dermaflux.errors import DermaFluxError
 
 AUGMENTS: Final = ("none", "classic", "dermoscopy")
@@ -33,89 +34,66 @@ class RecipeError(DermaFluxError):
 class Recipe:
     """A training run; the defaults make the embedded default's classifier (2.0 M parameters).
 
-    The budget is `steps`, else `epochs`, else `hours` of wall clock. Equal steps and seed give
-    equal weights on a CPU, to the bit; hours do not.
+    Equal steps (or epochs) and seed give equal weights on a CPU, to the bit; hours do not. What
+    augmentation does is in `training.views`, what sampling does in `training.draws`.
 
-    Attributes:
-        architecture: timm's name of the model; `model_args` are what it is built with.
-        size: pixels a side of what the model is given. Pictures are kept `margin` pixels larger
-            in training, to be cropped from.
-        crop_pct: the share of a whole picture's side that the model is given in evaluation.
-        steps: of the optimizer. epochs: pictures drawn, over those that there are.
-        batch: pictures of a step, over all processes and all `accumulate` parts of the step.
-        warmup: steps in which the rate rises. schedule: how it falls to 0; "trapezoid" stays at
-            `rate` for the first 30 % of the budget.
-        optimizer: "muon" is Muon for the matrices of transformer blocks and AdamW for the rest.
-        layer_decay: factor of the rate from one layer to the one before it; 1 is none
-            (`timm.optim.param_groups_layer_decay`).
-        ema: decay of the averaged weights, which are the result; 0 is none.
-        sampling: "balanced" draws by (source, how the label is known, label), "labels" half of
-            each label, with replacement; "shuffled" shows every picture once an epoch.
-        class_weights: "none", "balanced" (1 / share of the label, mean 1), or two numbers of
-            benign and malignant, as "1,4".
-        augment: "classic" is flips, mild crops and light (what a textbook does), "dermoscopy" any
-            turn, crops and zoom to the lesion, and stronger light. See `training.views`.
-        blur, cutout, vignette: shares of the pictures that are blurred, lose a square to their
-            mean colour, or darken towards the corners.
-        mixup, cutmix: alphas of the Beta distributions, 0 for none; with both, each batch takes
-            one of them at even odds, as `timm.data.Mixup` does.
-        auxiliary: whether the heads for mask, diagnosis and structures learn beside the label's.
-        mask_loss, diagnosis_loss, structure_loss: their weights beside the label's cross-entropy.
-        zoom: share of the draws that are cropped to the lesion ("dermoscopy" alone).
-        evaluate: steps from one look at the validation pictures to the next, 0 for none; the best
-            averaged weights by `watch` are kept. patience: looks without a better one after which
-            the run ends, 0 for never.
-        sensitivity: the threshold keeps this share of validation's malignant lesions.
-        coverage: share of validation images that get an answer, the rest abstains.
+    Raises:
+        RecipeError: a setting is out of range, or settings do not go together.
     """
 
-    architecture: str = "vit_tiny_patch16_224"
+    architecture: str = option("timm's name of the model", "vit_tiny_patch16_224")
     model_args: dict[str, Any] = field(
         default_factory=lambda: {"img_size": 128, "patch_size": 16, "embed_dim": 160,
                                  "depth": 6, "num_heads": 5, "drop_path_rate": 0.1}
     )  # fmt: skip
-    size: int = 128
-    margin: int = 16
+    size: int = option("pixels a side of what the model is given", 128)
+    margin: int = option("pixels that training pictures are kept larger, to be cropped from", 16)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-    hours: float = 1.0
-    steps: int | None = None
-    epochs: float | None = None
-    batch: int = 64
-    accumulate: int = 1
-    rate: float = 1e-3
-    warmup: int = 50
-    schedule: str = "trapezoid"
-    optimizer: str = "muon"
-    weight_decay: float = 0.05
-    layer_decay: float = 1.0
-    label_smoothing: float = 0.05
-    ema: float = 0.998
-    sampling: str = "balanced"
-    class_weights: str = "none"
-    augment: str = "dermoscopy"
-    blur: float = 0.0
-    cutout: float = 0.0
-    vignette: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    auxiliary: bool = True
-    mask_loss: float = 0.5
-    diagnosis_loss: float = 0.5
-    structure_loss: float = 0.3
-    zoom: float = 0.35
-    evaluate: int = 0
-    patience: int = 0
-    watch: str = "loss"
-    sensitivity: float = 0.95
-    coverage: float = 0.8
-    precision: str = "bf16"
-    device: str = "auto"
-    seed: int = 0
-    threads: int = 2
-    save_minutes: float = 3.0
+    crop_pct: float = option("share of a picture's side that evaluation gives the model", 1.0)
+    hours: float = option("budget of wall clock, where neither steps nor epochs are given", 1.0)
+    steps: int | None = option("budget in steps of the optimizer; goes before epochs", None)
+    epochs: float | None = option("budget in pictures drawn over pictures that there are", None)
+    batch: int = option("pictures of a step, over all processes and parts", 64)
+    accumulate: int = option("parts in which a process does its share of a step", 1)
+    rate: float = option("learning rate, at its highest", 1e-3)
+    warmup: int = option("steps in which the rate rises", 50)
+    schedule: str = option("how the rate falls; trapezoid: in the last 70 per cent", "trapezoid")
+    optimizer: str = option("muon: for matrices of blocks, and AdamW for the rest", "muon")
+    weight_decay: float = option("of both optimizers", 0.05)
+    layer_decay: float = option("factor of the rate from a layer to the one before; 1: none", 1.0)
+    label_smoothing: float = option("share of the label that is spread over both", 0.05)
+    ema: float = option("decay of the averaged weights, which are the result; 0: none", 0.998)
+    sampling: str = option(
+        "balanced: over source, how the label is known, and label; labels: half of each; "
+        "shuffled: every picture once an epoch", "balanced",
+    )  # fmt: skip
+    class_weights: str = option("in the loss: none, balanced, or benign,malignant as 1,4", "none")
+    augment: str = option(
+        "classic: flips, small turns, mild crops and light; dermoscopy: any turn, crops, zoom to "
+        "the lesion, light", "dermoscopy",
+    )  # fmt: skip
+    blur: float = option("share of the pictures that are blurred", 0.0)
+    cutout: float = option("share of the pictures that lose a square", 0.0)
+    vignette: float = option("share of the pictures with dark corners", 0.0)
+    mixup: float = option("alpha, 0: none; with cutmix too, a batch takes either", 0.0)
+    cutmix: float = option("alpha, 0: none", 0.0)
+    auxiliary: bool = option("heads for mask, diagnosis and structures beside the label's", True)
+    mask_loss: float = option("weight beside the label's cross-entropy", 0.5)
+    diagnosis_loss: float = option("weight beside the label's cross-entropy", 0.5)
+    structure_loss: float = option("weight beside the label's cross-entropy", 0.3)
+    zoom: float = option("share of the views that are of the lesion (dermoscopy alone)", 0.35)
+    evaluate: int = option("steps between looks at validation; the best weights are kept", 0)
+    patience: int = option("looks without a better one that end the run; 0: none does", 0)
+    watch: str = option("what is better in validation", "loss")
+    sensitivity: float = option("share of malignant lesions that the threshold keeps", 0.95)
+    coverage: float = option("share of validation that gets an answer, the rest abstains", 0.8)
+    precision: str = option("bf16 is slow on a CPU without AMX", "bf16")
+    device: str = option("auto: a GPU where there is one", "auto")
+    seed: int = option("of weights, draws and views", 0)
+    threads: int = option("of the CPU", 2)
+    save_minutes: float = option("between states", 3.0)
 
     def __post_init__(self) -> None:
         for name, words in _WORDS.items():

@@ -34,6 +34,7 @@ from dermaflux.prompt import LABELS
 from training import classifier, data, leaks, mixing, resuming, scores, supervise
 from training.checkpoint import add_classifier
 from training.classifier import Recipe
+from training.heads import Supervised
 from training.pictures import Pictures
 from training.pretrained import Pretrained
 from training.ranks import Ranks, joined
@@ -113,7 +114,10 @@ def run(
     ranks = Ranks.here(recipe.device)
     ranks.once(lambda: check(everything, recipe, out, work))
     made = mixing.only_training(choice.synthetic, everything)
-    classifier.build(recipe)  # what cannot be built is refused before hours of looking at pictures
+    # What cannot be built is refused before all pictures are looked at.
+    trial = Supervised(recipe)
+    if weights is not None:
+        weights.into(trial.vit, recipe.architecture)
 
     def apart() -> set[Path]:
         kept = leaks.apart([*everything, *made], leave_out, recipe.threads)

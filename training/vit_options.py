@@ -83,7 +83,7 @@ def parser(prog: str, description: str | None) -> ArgumentParser:
         training.add_argument(
             f"--{one.name.replace('_', '-')}", type=data.positive if one.name == "hours" else kind,
             choices=_CHOICES.get(one.name),
-            help=f"{one.default}" if one.default is not None else None,
+            help=one.metadata["help"] + ("" if one.default is None else f" ({one.default})"),
         )  # fmt: skip
     return made
 

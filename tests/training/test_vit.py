@@ -238,7 +238,8 @@ def test_it_learns_and_timm_opens_the_result(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "classifier"
-    budget = ["--steps", "40", "--batch", "16", "--size", "64", "--threads", "1"]
+    budget = ["--steps", "40", "--batch", "16", "--size", "64", "--threads", "1",
+              "--precision", "fp32", "--optimizer", "adamw"]  # fmt: skip
     status = vit.main(["--data", str(dataset), "--out", str(out), *budget])
     assert status == 0
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])

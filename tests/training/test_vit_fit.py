@@ -20,9 +20,9 @@ from training.targets import Targets
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 RECIPE = Recipe(
     model_args={**SMALL, "drop_path_rate": 0.2}, size=32, margin=4, steps=4, batch=8, warmup=1,
-    threads=1, blur=0.5, cutout=0.5, vignette=0.5,
+    threads=1, blur=0.5, cutout=0.5, vignette=0.5, precision="fp32",
 )  # fmt: skip
-BARE = replace(RECIPE, model_args=SMALL, precision="fp32")
+BARE = replace(RECIPE, model_args=SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def _apart(one: nn.Module, other: nn.Module) -> float:
 @pytest.mark.parametrize(
     "recipe",
     [
-        RECIPE,
+        replace(RECIPE, precision="bf16"),
         replace(RECIPE, architecture="resnet10t", model_args={}, steps=2, mixup=0.3, cutmix=1.0),
         replace(RECIPE, augment="none", sampling="shuffled", class_weights="balanced",
                 auxiliary=False),

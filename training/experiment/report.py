@@ -1,0 +1,231 @@
+"""The experiment's report: sentences, tables, a figure; nothing that was not run.
+
+    python -m training.experiment --report runs/experiment --out docs/experiment.md
+
+Every number is computed anew from the runs' raw scores. The figure lies beside the text, under the
+same name with `.png`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dermaflux import files
+from dermaflux.dataset import writing
+from dermaflux.errors import DatasetError
+from training import bootstrap, paper
+from training.experiment import figure, sentences, tables
+from training.experiment.config import ADDED, CLASSIC, ONLY, REAL, UPPER, WEIGHTS
+from training.experiment.key import Key
+from training.experiment.results import Results, View
+
+_CONVENTIONS = (
+    "Every run takes the same number of optimizer steps, whatever it learns from. The real "
+    "pictures of a size are the same for all arms and seeds, and within those of larger sizes; "
+    "seeds vary the first weights, the order, the augmentation, and which synthetic pictures are "
+    "taken. Where the settings look at the validation split (`evaluate`), the averaged weights of "
+    "the best look are a run's result, in every arm alike.",
+    "Arms: `real` real pictures alone; `added` synthetic ones beside them; `synthetic-only` the "
+    "same synthetic ones alone; `classic` real ones with strong augmentation (any turn, crops, "
+    "light), against the light one of all other arms; `class-weights` real ones with the loss "
+    "weighed by 1 / share of the label; `upper` all the labelled real training pictures that the "
+    "generator saw, without any synthetic one: what the generator's own data gives directly.",
+    "Accuracy is that of the more probable class, as the paper's must be. Columns with * are at "
+    "the threshold that makes balanced accuracy largest on the validation split. Brier score and "
+    "expected calibration error (15 bins of equal mass) are of probabilities after Platt's "
+    "scaling on the validation split.",
+    "Values are mean ± standard deviation over seeds. Intervals are 95 %, paired, by drawing the "
+    "test's lesions and the seeds; they are rounded outwards. They are not corrected for the "
+    "number of comparisons.",
+    "Auxiliary heads are off: they learn from masks and structures, which synthetic pictures have "
+    "not, so arms would differ in more than their pictures.",
+)
+
+
+def write(folder: Path, out: Path, draws: int = bootstrap.DRAWS) -> dict[str, Any]:
+    """Write the report to `out` and its figure beside it; what the command's last line says.
+
+    Raises:
+        DatasetError: the folder has no runs, scores are not those that a run wrote, or the report
+            cannot be written.
+    """
+    if out.is_dir() or out.suffix != ".md":
+        raise DatasetError(f"--out {out}: give the report's file, such as docs/experiment.md")
+    results = Results.read(folder, draws)
+    picture = out.with_suffix(".png")
+    said = told(results)
+    lines = [
+        "# Do synthetic lesions help?", "",
+        *(f"- {sentence}" for sentence in said), "",
+        f"![Mean over seeds by ratio of synthetic pictures]({picture.name})", "",
+        *_tests(results),
+    ]  # fmt: skip
+    for model in dict.fromkeys(cell.model for cell in results.cells):
+        lines += _model(results, model)
+    lines += ["## What each generator saw", "", *_generators(results)]
+    lines += ["## Cost", "", *tables.cost(results), ""]
+    lines += ["## The paper's values", ""]
+    lines += [*(f"- {caveat}" for caveat in paper.CAVEATS), "", *tables.published(), ""]
+    lines += ["## How it was made", "", *(f"- {one}" for one in _CONVENTIONS), ""]
+    lines += _commands(results, folder, out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.draw(results, picture)
+        files.write(out, ("\n".join(lines).rstrip() + "\n").encode())
+    return {
+        "out": str(out), "figure": str(picture), "runs": len(results.lines),
+        "cpu_hours": round(results.hours(list(results.lines))["cpu_"], 2),
+    }  # fmt: skip
+
+
+def told(results: Results) -> list[str]:
+    """What the figures say: all comparisons of AUC with real pictures alone, on every test."""
+    said: list[str] = []
+    several = len({cell.model for cell in results.cells}) > 1
+    for view in results.views():
+        named = "the test" if view.test == "test" else view.test
+        on = f"{named}{', histology alone' * view.confirmed}"
+        for arm in (ADDED, ONLY, CLASSIC, WEIGHTS, UPPER):
+            found: list[Mapping[str, Any]] = []
+            each: list[str] = []
+            for cell in tables.cells_of(results, arm):
+                for real in _against(results, cell):
+                    one = results.difference(cell, real, view, "auc")
+                    if one is None:
+                        continue
+                    found.append(one)
+                    what = sentences.doing(cell) + (f" ({cell.model})" if several else "")
+                    each.append(sentences.changed(what, real.size, f"AUC on {on}", one))
+            if arm == ADDED and found:
+                said.append(sentences.summed(found, f"AUC on {on}"))
+            # Beside the first test, the many sentences of others would hide what they say.
+            if view == results.views()[0]:
+                said += each
+    return said or ["Only one arm was run: there is nothing to compare."]
+
+
+def _against(results: Results, cell: Key) -> list[Key]:
+    """Real alone of the same size; the upper bound stands beside every size."""
+    reals = [one for one in results.cells if one.arm == REAL and one.model == cell.model]
+    return reals if cell.arm == UPPER else [one for one in reals if one.size == cell.size]
+
+
+def _tests(results: Results) -> list[str]:
+    lines = ["## Tests", ""]
+    about = results.about
+    for name, pictures in results.pictures.items():
+        left = {one["file"]: one for one in about["left_out"].get(name, ())}
+        _, malignant = results.counts(View(name)) if pictures else (0, 0)
+        lines.append(
+            f"- `{name}`: {len(pictures):,} pictures, {malignant} malignant, of "
+            f"{about['tests'][name]:,}; {len(left)} left out because they were seen in training"
+            + (":" if left else ".")
+        )
+        lines += [
+            f"  - {one['file']} = {Path(one['seen']).name} ({one['why']}; {one['by']})"
+            for one in left.values()
+        ]
+        more = about["tests"][name] - len(left) - len(pictures)
+        if more:
+            lines.append(f"  - {more} more that not every run was tested on are not counted.")
+    return [*lines, ""]
+
+
+def _model(results: Results, model: str) -> list[str]:
+    lines = [f"## Model `{model}`", ""]
+    recipe = next(v["settings"]["recipe"] for k, v in results.lines.items() if k.model == model)
+    lines += [
+        f"{recipe['architecture']} {recipe['model_args'] or ''} at {recipe['size']} pixels, "
+        f"{recipe['steps']} steps of {recipe['batch']}, {recipe['optimizer']} at "
+        f"{recipe['rate']:g}, "
+        + ("from random weights." if _pretrained(results, model) is None
+           else f"from {_pretrained(results, model)}."),
+        "",
+    ]  # fmt: skip
+    for view in results.views():
+        of = f"`{view.test}`{', histology-confirmed alone' * view.confirmed}"
+        for measure, name in (("auc", "AUC"), ("accuracy", "Accuracy")):
+            lines += [f"### {name} on {of}", ""]
+            lines += _grids(results, model, view, measure)
+    lines += ["### All figures on `test`", "", *tables.everything(results, model, View("test")), ""]
+    lines += ["### Controls (AUC)", "",
+              "A model that tells the labels apart by the border alone, or with the lesion painted "
+              "over, knows cameras and habits; on the whole picture it may know no more.", "",
+              *tables.controls(results, model), ""]  # fmt: skip
+    return lines
+
+
+def _grids(results: Results, model: str, view: View, measure: str) -> list[str]:
+    lines: list[str] = []
+    show = partial(tables.mean, results, view=view, measure=measure)
+
+    def change(cell: Key, real: Key | None = None) -> str:
+        against = results.real(cell) if real is None else real
+        return tables.difference(results, cell, against, view, measure)
+
+    for arm, title in ((ADDED, "added"), (ONLY, "synthetic alone")):
+        for generator in dict.fromkeys(c.generator for c in tables.cells_of(results, arm)):
+            first = arm == ADDED
+            lines += [f"{generator}, {title}:", ""]
+            lines += [*tables.grid(results, model, generator, arm, show, first), ""]
+            lines += ["less real alone:", ""]
+            lines += [*tables.grid(results, model, generator, arm, change, False), ""]
+    lines += ["without synthetic pictures:", ""]
+    lines += [*tables.others(results, model, lambda cell, real: show(cell)), ""]
+    if any(c.arm in (CLASSIC, WEIGHTS, UPPER) for c in results.cells):
+        lines += ["less real alone:", "", *tables.others(results, model, _changed(change)), ""]
+    return lines
+
+
+def _changed(change: Any) -> Any:
+    return lambda cell, real: tables.NONE if cell == real else change(cell, real)
+
+
+def _pretrained(results: Results, model: str) -> str | None:
+    found = next(v["settings"]["pretrained"] for k, v in results.lines.items() if k.model == model)
+    return None if found is None else str(found)
+
+
+def _generators(results: Results) -> list[str]:
+    about = results.about
+    lines = []
+    for name, saw in about["generators"].items():
+        sources = "; ".join(f"{source} ({licence})" for source, licence in saw["sources"])
+        lines.append(
+            f"- `{name}`: saw {saw['pictures']:,} pictures"
+            + (f" of {sources}" if sources else "")
+            + f", of which {saw['labelled']:,} are labelled real training pictures known here; "
+            f"{saw['made']:,} generated pictures to draw from."
+        )
+        bundle = saw.get("bundle")
+        if isinstance(bundle, Mapping):
+            lines.append(f"  - made with the bundle {bundle.get('name')} ({bundle.get('id')})")
+        for one in saw.get("ingredients", ()):
+            if isinstance(one, Mapping):
+                lines.append(f"  - ingredient: {one.get('name')} ({one.get('licence')})")
+        if saw["unknown"]:
+            lines.append(
+                f"  - {saw['unknown']:,} of the pictures it saw are not known here, so the upper "
+                "bound lacks them"
+            )
+        for size, inside in saw["in_subset"].items():
+            lines.append(
+                f"  - {inside:,} of the {saw['pictures']:,} are in the real subset of {int(size):,}"
+            )
+        if name in about["same_as_real"]:
+            size = about["same_as_real"][name]
+            lines.append(f"  - its upper bound is the arm `real` at {size:,}: the same pictures")
+    return [*(lines or ["No generator."]), ""]
+
+
+def _commands(results: Results, folder: Path, out: Path) -> list[str]:
+    left = any(results.about["left_out"].values())
+    return [
+        "```", "python -m training.experiment docs/experiment.yaml --out "
+        f"{folder}{' --leave-out' * left}",
+        f"python -m training.experiment --report {folder} --out {out}", "```", "",
+        f"{len(results.lines)} runs; {tables.most(results)} seeds where there are most.",
+    ]  # fmt: skip

@@ -12,7 +12,7 @@ setup: .venv/.complete
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt \
-		--editable '.[training,export,serving,benchmarks,cpu,dev]'
+		--editable '.[training,export,serving,batch,formats,ray,benchmarks,cpu,dev]'
 	touch $@
 
 # A new bundle wherever the weights or the form of bundles change. Eight prompts are compared here,

@@ -30,6 +30,7 @@ from dermaflux.bundle import Bundle
 from dermaflux.command import ended
 from dermaflux.engines import EAGER, OPENVINO, ORT
 from dermaflux.errors import EngineError
+from dermaflux.hardware import processor
 from dermaflux.images import encode_png
 from dermaflux.pipeline import Pipeline
 
@@ -150,12 +151,8 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    )
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "versions": versions,

@@ -50,7 +50,8 @@ def parsed(
 ) -> Settings:
     """The settings of a command line: fields without a default by position, others as options.
 
-    A field `dry_run` is the option `--dry-run`. Fields are `str`, `int`, `float`, `Path` (also `| None`), `bool` (a flag) or a tuple of names.
+    A field `dry_run` is the option `--dry-run`. Fields are `str`, `int`, `float`, `Path` (also
+    `| None`), `bool` (a flag) or a tuple of names.
     """
     parser = argparse.ArgumentParser(prog=command, description=description)
     kinds: dict[str, Callable[[str], Any]] = {

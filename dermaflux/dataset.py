@@ -13,7 +13,7 @@ written last, whole or not at all: where it is, the pictures that it names are.
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -99,8 +99,8 @@ class Record:
             raise DatasetError(f"sex {self.sex!r} is not known; use {', '.join(SEXES)}, or none")
         if self.age is not None:
             number = isinstance(self.age, int | float) and not isinstance(self.age, bool)
-            if not number or not math.isfinite(self.age) or not 0 <= self.age <= 130:
-                raise DatasetError(f"age {self.age!r} is no number of years; use 0 to 130")
+            if not number or not 0 <= self.age <= 130:
+                raise DatasetError(f"age {reprlib.repr(self.age)} is no number of years; use 0 to 130")
         if not self.group:
             object.__setattr__(self, "group", self.file_name)
         # Refuses words that nobody knows, and labels that their diagnosis contradicts.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,16 @@ def usable_cores(root: Path = Path("/")) -> int:
     except (OSError, ValueError):
         return cores or 1
     return max(1, min(cores or 1, allowed))
+
+
+def processor(root: Path = Path("/")) -> str:
+    """The name of the processor as the kernel has it, or the kind of machine where it has none."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def ram(root: Path = Path("/")) -> Memory | None:

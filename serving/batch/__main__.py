@@ -17,12 +17,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -33,17 +32,19 @@ from tqdm import tqdm
 from dermaflux.bundle import Bundle, sha256
 from dermaflux.command import ended, parsed
 from dermaflux.dataset import Record
-from dermaflux.errors import BundleError, Cancelled, DatasetError, RequestError
+from dermaflux.errors import BundleError, Cancelled, RequestError
 from serving.batch import formats, plan, requests
-from serving.batch.finish import finish, tries, unsettled
+from serving.batch.finish import finish, unsettled
 from serving.batch.gate import Thresholds
 from serving.batch.items import Bad, Item
 from serving.batch.job import Folder, Job
-from serving.batch.journal import Entry, Journal, Ledger, read
+from serving.batch.journal import Entry, Journal, read
 from serving.batch.maker import Maker, Tools, Try
+from serving.batch.rehearsal import rehearsal
+from serving.batch.resume import check_same, forget_missing, remaining
 from serving.batch.settings import Settings
-from serving.batch.sharding import Shard, chosen
-from serving.batch.store import Store
+from serving.batch.sharding import chosen
+from serving.batch.store import Store, stopping_when_full
 from serving.batch.work import Count, work
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,8 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
         print(json.dumps(rehearsal(tools, items, shard, settings)))
         return 0
     folder = Folder(settings.out, f"{shard.number}-of-{shard.of}")
-    folder.prepare(job)
+    with stopping_when_full(settings.out):
+        folder.prepare(job)
     started = time.monotonic()
     with Journal.open(folder.machinery, folder.share) as journal:
         folder.sweep()
@@ -84,11 +86,10 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
         check_same(items, ledger)
         forget_missing(folder, items, ledger, settings.verify)
         mine = [item for item in items if shard.mine(item.index)]
-        left = list(remaining(mine, ledger, settings))
+        left = list(remaining(mine, ledger, settings.attempts, settings.seed))
         count = Count()
         if left:
             count = draw(settings, tools, folder, journal, left, len(mine), cancelled)
-        seconds = time.monotonic() - started
         ledger = read(folder.machinery)
         others = unsettled(items, ledger, settings.attempts)
         result: dict[str, Any] = {"out": str(settings.out), "shard": str(shard)}
@@ -96,10 +97,11 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
         if others:
             log.info("this share is done; %d pictures are still with others", others)
         else:
-            outcome = finish(
-                folder, job, bundle, items, bad, ledger,
-                settings.threads or 2, further(settings),
-            )  # fmt: skip
+            with stopping_when_full(settings.out):
+                outcome = finish(
+                    folder, job, bundle, items, bad, ledger,
+                    settings.threads or 2, further(settings),
+                )  # fmt: skip
             failed = len(outcome.failed)
             result |= {
                 "kept": len(outcome.kept),
@@ -107,9 +109,10 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
                 "copies": len(outcome.copied),
             }
     drawn = count.kept + count.rejected
-    rate = round(drawn / seconds, 3) if drawn else None
+    rate = round(drawn / count.seconds, 3) if drawn else None
+    seconds = round(time.monotonic() - started, 1)
     result |= {"failed": failed, "bad_lines": len(bad), "with_others": others, "drawn": drawn,
-               "seconds": round(seconds, 1), "pictures_per_second": rate}  # fmt: skip
+               "seconds": seconds, "pictures_per_second": rate}  # fmt: skip
     print(json.dumps(result))
     return 1 if failed or bad else 0
 
@@ -130,6 +133,8 @@ def check(settings: Settings) -> None:
             raise RequestError(f"--{name}", f"{value} is out of range; use 1 or more")
     if settings.seed < 0:
         raise RequestError("--seed", f"{settings.seed} is out of range; use 0 or more")
+    if settings.embed and not settings.parquet:
+        raise RequestError("--embed", "is for --parquet; name both")
     if settings.seen is not None and settings.gate == "off":
         raise RequestError("--seen", "is for the gate, which is off; leave one of them out")
 
@@ -158,46 +163,6 @@ def thresholds(settings: Settings, bundle: Bundle) -> Thresholds | None:
             "a --gate file with `agreement: none`"
         )
     return gate
-
-
-def check_same(items: Sequence[Item], ledger: Ledger) -> None:
-    """Refuse items that were drawn of another request.
-
-    Raises:
-        DatasetError: the first such item.
-    """
-    for item in items:
-        known = [ledger.kept.get(item.name), *ledger.rejected.get(item.name, {}).values()]
-        if any(entry is not None and entry.asked != item.digest for entry in known):
-            raise DatasetError(
-                f"the picture {item.name!r} was drawn of another request than it has now; give it "
-                "a new id, or name another --out"
-            )
-
-
-def forget_missing(
-    folder: Folder, items: Sequence[Item], ledger: Ledger, verify: bool = False
-) -> None:
-    """Take out of the ledger whose picture is not there, or, with `verify`, is not what it was."""
-    gone = 0
-    for item in items:
-        entries = [*ledger.rejected.get(item.name, {}).values()]
-        entries += [ledger.kept[item.name]] if item.name in ledger.kept else []
-        for entry in entries:
-            places = {folder.path / entry.file, folder.path / folder.rejected(item, entry.attempt)}
-            if not any(_is_there(path, entry, verify) for path in places):
-                ledger.forget(entry)
-                gone += 1
-    if gone:
-        log.warning("%d pictures are missing or damaged, and are drawn again", gone)
-
-
-def remaining(items: Iterable[Item], ledger: Ledger, settings: Settings) -> Iterator[Try]:
-    """The next try of every item that is not settled."""
-    for item in items:
-        attempt = ledger.next_attempt(item.name, tries(item, settings.attempts))
-        if attempt is not None:
-            yield Try(item, attempt, item.attempt(attempt, settings.seed))
 
 
 def draw(
@@ -236,56 +201,9 @@ def further(settings: Settings) -> Callable[[list[Record]], None]:
         if settings.webdataset is not None:
             formats.webdataset(settings.out, records, settings.webdataset)
         if settings.parquet:
-            formats.parquet(settings.out, records)
+            formats.parquet(settings.out, records, settings.embed)
 
     return write
-
-
-def rehearsal(
-    tools: Tools, items: Sequence[Item], shard: Shard, settings: Settings
-) -> dict[str, Any]:
-    """One batch drawn twice, the first to warm up: what the whole share will take.
-
-    Seconds and bytes are of the share; memory is the plan's.
-    """
-    mine = [item for item in items if shard.mine(item.index)]
-    if not mine:
-        raise RequestError("--shard", f"{shard} has none of {len(items)} pictures")
-    maker = Maker.open(tools)
-    size = (mine[0].request.height, mine[0].request.width)
-    most = settings.batch or maker.pipeline.batch(*size)
-    first = [
-        Try(item, 0, item.request)
-        for item in mine
-        if (item.request.height, item.request.width) == size
-    ][:most]
-    maker.develop(first, maker.denoise(first))
-    started = time.monotonic()
-    made = maker.develop(first, maker.denoise(first))
-    seconds = (time.monotonic() - started) / len(first)
-    place = next(one for one in (settings.out, *settings.out.resolve().parents) if one.exists())
-    each = sum(len(one.png) for one in made) / len(made)
-    memory = maker.pipeline.plan
-    return {
-        "pictures": len(mine),
-        "of": len(items),
-        "seconds_per_picture": round(seconds, 4),
-        "seconds": round(seconds * len(mine)),
-        "bytes": round(each * len(mine)),
-        "bytes_free": shutil.disk_usage(place).free,
-        "rejected_of_one_batch": sum(bool(one.verdict.reasons) for one in made),
-        "batch": len(first),
-        "engines": maker.details,
-        "memory": None if memory is None else str(memory),
-    }
-
-
-def _is_there(path: Path, entry: Entry, verify: bool) -> bool:
-    try:
-        same_size = path.stat().st_size == entry.size
-    except OSError:
-        return False
-    return same_size and (not verify or sha256(path) == entry.sha256)
 
 
 @contextmanager

@@ -15,6 +15,9 @@ import importlib.util
 import logging
 import os
 import pickle
+import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 _BLOCKS: Final = 5000
 """Blocks at most: each costs the scheduler some milliseconds and a kilobyte for the whole job."""
 _DEFAULT_BATCH: Final = 8
+_SECONDS: Final = 10.0  # for the head of a cluster to answer at all
 
 
 class Actor:
@@ -152,13 +156,16 @@ def _cluster(settings: Settings) -> Iterator[bool]:
         "include_dashboard": False,
     }
     try:
-        ray.init(
-            **(own if here else {"address": settings.ray}),
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            runtime_env={"py_modules": [str(Path(one)) for one in serving.__path__]},
-        )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        with _own_signals():
+            if not here:
+                _reach(str(settings.ray))
+            ray.init(
+                **(own if here else {"address": settings.ray}),
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                runtime_env={"py_modules": [str(Path(one)) for one in serving.__path__]},
+            )
+    except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(
             f"no Ray cluster at {settings.ray}: {error}; give the address of its head, such as "
             "10.0.0.1:6379, or --ray alone for a cluster on this machine"
@@ -170,6 +177,31 @@ def _cluster(settings: Settings) -> Iterator[bool]:
         yield resources.get("GPU", 0) > 0
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, and would end this process in the midst of a batch."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _reach(address: str) -> None:
+    """Ray itself tries for many minutes, and says nothing.
+
+    Raises:
+        OSError: nobody answers there.
+        ValueError: it is no address.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError("that is no HOST:PORT")
+    socket.create_connection((host, int(port)), timeout=_SECONDS).close()
 
 
 def _cause(error: BaseException) -> str:

@@ -135,7 +135,9 @@ def _sorted(
     copied: dict[str, str] = {}
     threshold = None if job.gate is None else Thresholds(**job.gate).copies
     if threshold is not None:
-        found = copies.find([(item.name, paths[item.name]) for item, _ in good], threshold, threads)
+        # Whoever gives the seeds may want one lesion in several descriptions.
+        drawn = [(item.name, paths[item.name]) for item, _ in good if not item.fixed]
+        found = copies.find(drawn, threshold, threads)
         copied = {
             name: f"it is {other} again (similarity {alike:.2f}; copies are from {threshold:g} on)"
             for name, (other, alike) in found.items()
@@ -232,12 +234,17 @@ def _manifest(
         "ingredients": [dict(one) for one in bundle.provenance.get("ingredients", ())],
         "asked": asked,
         "kept": len(outcome.kept),
-        "kept_by_label": dict(Counter(str(item.lesion.label) for item, _ in outcome.kept)),
+        "kept_by_label": _by_label(outcome.kept),
         "rejected": len(outcome.rejected),
+        "rejected_by_label": _by_label(outcome.rejected),
         "copies": len(outcome.copied),
         "failed": len(outcome.failed),
         "bad_lines": len(bad),
     }  # fmt: skip
+
+
+def _by_label(listed: Sequence[tuple[Item, Entry]]) -> dict[str, int]:
+    return dict(sorted(Counter(str(item.lesion.label) for item, _ in listed).items()))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dermaflux.classifier import Classifier
-from dermaflux.duplicates import nearest
+from dermaflux.duplicates import first, nearest
 from dermaflux.errors import DatasetError
 from dermaflux.prompt import Lesion
 from dermaflux.thumbnails import Index
@@ -78,6 +79,7 @@ class Gate:
         self.thresholds = thresholds
         self._classifier = classifier
         self._index = index if index is not None and len(index) else None
+        self._first = None if self._index is None else first(self._index)
         self._attributes = None if thresholds.attributes is None else _attributes()
 
     def judge(self, items: Sequence[Item], pixels: Sequence[Pixels]) -> list[Verdict]:
@@ -86,20 +88,14 @@ class Gate:
         Raises:
             EngineError: the classifier's engine failed.
         """
-        images = [Image.fromarray(one) for one in pixels]
-        measured = [self._measured(one, image) for one, image in zip(pixels, images, strict=True)]
-        if self._index is not None:
-            for measures, (near,) in zip(measured, nearest(self._index, images, 1), strict=True):
-                similarity = max(0.0, round(near.similarity, _DIGITS))
-                # A flat picture is like none: which one is named would be up to its neighbours.
-                measures["nearest"] = near.name if similarity else None
-                measures["similarity"] = similarity
+        measured = [self._measured(one) for one in pixels]
         return [
             Verdict(reasons(self.thresholds, item.lesion, measures), measures)
             for item, measures in zip(items, measured, strict=True)
         ]
 
-    def _measured(self, pixels: Pixels, image: Image.Image) -> dict[str, Any]:
+    def _measured(self, pixels: Pixels) -> dict[str, Any]:
+        image = Image.fromarray(pixels)
         measures: dict[str, Any] = {}
         if self._classifier is not None:
             # One by one: some engines give other last bits in a batch, and it costs half a
@@ -117,6 +113,13 @@ class Gate:
             measures["asymmetry_word"] = seen.asymmetry_word
             measures["border_word"] = seen.border_word
             measures["color_words"] = list(seen.colors)
+        if self._index is not None:
+            ((near,),) = nearest(self._index, [image], 1, self._first)
+            similarity = max(0.0, round(near.similarity, _DIGITS))
+            # A flat picture is like none. Of the name not its folder: a data set goes places where
+            # nobody need know how the machine is laid out that made the index.
+            measures["nearest"] = PurePath(near.name).name if similarity else None
+            measures["similarity"] = similarity
         return measures
 
 
@@ -193,6 +196,6 @@ def _attributes() -> ModuleType:
     except ImportError as error:
         raise DatasetError(
             f"the gate measures lesions with scikit-image, which is not there ({error}); run "
-            f"pip install '.[attributes]', or write `attributes: {OFF}` into the file of --gate"
+            f"pip install '.[batch]', or write `attributes: {OFF}` into the file of --gate"
         ) from error
     return attributes

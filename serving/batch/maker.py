@@ -16,7 +16,6 @@ import hashlib
 import importlib
 import json
 import logging
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from dermaflux.decode import Pixels
 from dermaflux.engines import Choice, library
 from dermaflux.errors import Cancelled, DermaFluxError
 from dermaflux.flow import Floats
-from dermaflux.hardware import look
+from dermaflux.hardware import look, processor, usable_cores
 from dermaflux.images import encode_png
 from dermaflux.pipeline import Pipeline
 from dermaflux.request import Request
@@ -108,13 +107,14 @@ class Maker:
             bundle, engine=tools.engine, precision=tools.precision, threads=tools.threads
         )
         gate = None
+        threads = tools.threads or usable_cores()
         if tools.gate is not None:
             judge = None
             if tools.gate.agreement != "none" and bundle.classifier is not None:
                 judge = Classifier.open(bundle, threads=tools.threads)
             seen = None if tools.seen is None else Index.load(tools.seen)
             gate = Gate(tools.gate, judge, seen)
-        return cls(pipeline, gate, _details(bundle, pipeline.choices))
+        return cls(pipeline, gate, _details(bundle, pipeline.choices, threads))
 
     @property
     def in_turns(self) -> bool:
@@ -199,8 +199,11 @@ def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _details(bundle: Bundle, choices: Mapping[str, Choice]) -> dict[str, Any]:
-    """What decides the pixels beside the request: files, engines, their versions, the machine."""
+def _details(bundle: Bundle, choices: Mapping[str, Choice], threads: int) -> dict[str, Any]:
+    """What decides the pixels beside the request: files, engines, their versions, the machine.
+
+    Threads are among it: they cut long sums into as many parts, which changes the last bits.
+    """
     machine = look()
     return {
         "bundle": bundle.id,
@@ -216,7 +219,9 @@ def _details(bundle: Bundle, choices: Mapping[str, Choice]) -> dict[str, Any]:
             name: str(getattr(importlib.import_module(name), "__version__", "?"))
             for name in sorted({library(choice.engine)[0] for choice in choices.values()})
         },
-        "machine": [platform.machine(), *(gpu.name for gpu in machine.gpus)],
+        "processor": processor(),
+        "threads": threads,
+        "gpus": [gpu.name for gpu in machine.gpus],
     }
 
 

@@ -177,11 +177,7 @@ class _Wanted:
         # By their spelling: to Python 1, 1.0 and True are one key.
         spelt = repr(given)
         if spelt not in self.details:
-            try:
-                Record(file_name="-", label=str(lesion.label), **given)
-            except OverflowError:
-                # An age of hundreds of digits, which is no float.
-                raise DatasetError("age is no number of years; use 0 to 130") from None
+            Record(file_name="-", label=str(lesion.label), **given)
             self.details[spelt] = dict(given)
         return self.details[spelt]
 

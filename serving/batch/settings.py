@@ -39,6 +39,7 @@ class Settings:
     threads: int | None = option("of an engine; default: all cores", None)
     batch: int | None = option("pictures denoised together; default: what the bundle allows", None)
     webdataset: int | None = option("also write tar files of so many pictures", None)
-    parquet: bool = option("also write metadata.parquet", False)
+    parquet: bool = option("also write dataset.parquet, a row a picture", False)
+    embed: bool = option("with --parquet: the pictures too", False)
     verify: bool = option("compare the sha256 of pictures that are there already", False)
     dry_run: bool = option("draw one batch, write nothing; tell time, memory and disk", False)

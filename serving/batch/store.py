@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
-from dermaflux.errors import DermaFluxError
+from dermaflux.errors import DatasetError, DermaFluxError
 from serving.batch.job import Folder
 from serving.batch.journal import Entry, Journal
 from serving.batch.maker import Made, Try
@@ -23,6 +25,25 @@ class DiskFull(DermaFluxError):
     """The disk is full. What was written before is whole."""
 
     exit_status = 3
+
+
+@contextmanager
+def stopping_when_full(path: Path) -> Iterator[None]:
+    """What the system says of a full disk, also where it was put into our words, is `DiskFull`.
+
+    Raises:
+        DiskFull: with what to do.
+    """
+    try:
+        yield
+    except (OSError, DatasetError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in _FULL:
+            raise
+        raise DiskFull(
+            f"the disk of {path} is full ({cause.strerror}); all that was written before is whole. "
+            "Free space and run the same command again"
+        ) from error
 
 
 class Store:
@@ -39,16 +60,9 @@ class Store:
             DiskFull: nothing of this batch stands in the journal.
             OSError: the disk is gone or takes no files; the same.
         """
-        try:
+        with stopping_when_full(self._folder.path):
             entries = [self._written(one) for one in made]
             self._journal.append(entries)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise DiskFull(
-                f"the disk of {self._folder.path} is full ({error.strerror}); all pictures written "
-                "before are whole. Free space and run the same command again"
-            ) from error
         return entries
 
     def _written(self, made: Made) -> Entry:

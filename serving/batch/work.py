@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,11 +27,13 @@ _HOPELESS: Final = 32
 
 
 class Count:
-    """What came of the tries so far, and whether to give up."""
+    """What came of the tries so far, and whether to give up; counts from when drawing begins."""
 
     def __init__(self) -> None:
         self.kept = self.rejected = self.failed = 0
         self._failing = 0
+        self._began = time.monotonic()
+        self.seconds = 0.0
 
     def add(self, entry: Entry) -> None:
         """Count an entry.
@@ -39,6 +42,7 @@ class Count:
             EngineError: so many failed one after another that the rest would too.
         """
         setattr(self, entry.state, getattr(self, entry.state) + 1)
+        self.seconds = time.monotonic() - self._began
         self._failing = self._failing + 1 if entry.state == "failed" else 0
         if self._failing >= _HOPELESS:
             raise EngineError(

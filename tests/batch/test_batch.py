@@ -263,6 +263,44 @@ def test_further_forms_are_written(run, asked: Path, tmp_path: Path) -> None:
     assert table.column("sha256").to_pylist() == [one.sha256 for one in dataset.read(out)]
 
 
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """Thresholds that look for copies alone: the tiny bundle's pictures show no lesion."""
+    file = tmp_path / "gate.yaml"
+    file.write_text("agreement: none\nattributes: none\ncopies: 0.7\n")
+    return file
+
+
+def test_the_first_of_copies_stays_whoever_drew_it(run, gate, tmp_path, monkeypatch) -> None:
+    """Small and large are one lesion here: every item has a twin two places further on."""
+    from serving.batch import copies
+
+    def find(pictures, threshold=0.7, threads=2, shown=iter):
+        names = [name for name, file in pictures if file.is_file()]
+        return {b: (a, 0.9) for a, b in zip(names[::2], names[1::2], strict=False)}
+
+    monkeypatch.setattr(copies, "find", find)
+    asked = write(tmp_path / "r.jsonl", [line(index) for index in range(9)] + [line(9, seed=3)])
+    result = run(asked, tmp_path / "one", f"--gate={gate}")
+    assert (result["kept"], result["rejected"], result["copies"]) == (6, 4, 4)
+    for number in (2, 1):
+        run(asked, tmp_path / "two", f"--gate={gate}", f"--shard={number}/2")
+    assert made(tmp_path / "one") == made(tmp_path / "two")
+    reasons = [json.loads(x) for x in (tmp_path / "one/rejected.jsonl").read_text().splitlines()]
+    assert reasons[0]["id"] == "0000001"
+    assert "it is 0000000 again (similarity 0.90" in reasons[0]["reasons"][0]
+    assert (tmp_path / "one" / reasons[0]["file"]).is_file()
+    # A line is added, and what are copies changes: pictures move both ways, none is drawn anew.
+    monkeypatch.setattr(copies, "find", lambda *_: {"0000002": ("0000000", 0.8)})
+    write(asked, [line(index) for index in range(9)] + [line(9, seed=3), line(10)])
+    result = run(asked, tmp_path / "one", f"--gate={gate}")
+    assert (result["drawn"], result["kept"], result["copies"]) == (1, 10, 1)
+    assert {record.more["id"] for record in dataset.read(tmp_path / "one")} == {
+        f"{index:07d}" for index in range(11) if index != 2
+    }
+    assert all((tmp_path / "one" / r.file_name).is_file() for r in dataset.read(tmp_path / "one"))
+
+
 def command(bundle: Bundle, requests: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "serving.batch", str(requests), "--bundle", str(bundle.path),
             "--out", str(out), "--threads=1", "--gate=off", "--batch=1", *more]  # fmt: skip

@@ -252,6 +252,6 @@ def test_without_scikit_image_the_gate_says_what_to_install(monkeypatch):
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(DatasetError, match=r"pip install '\.\[attributes\]'"):
+    with pytest.raises(DatasetError, match=r"pip install '\.\[batch\]'"):
         Gate(Thresholds(agreement="none"))
     Gate(ALONE)

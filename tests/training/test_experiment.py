@@ -370,8 +370,8 @@ def test_a_gain_is_said_only_of_what_is_printed_above_zero() -> None:
     assert said(-0.02, -0.04, -0.001).endswith("a loss is shown.")
     assert "−0.040 to −0.001" in said(-0.02, -0.04, -0.001)
     assert "no gain is shown, nor a loss" in said(0.03, -0.001, 0.06)
-    assert "1 seed, too few" in said(0.02, 0.01, 0.03, 1)
-    assert "too few" not in said(0.02, 0.01, 0.03, 3)
+    assert said(0.02, 0.01, 0.03, 2).endswith("2 seeds): too few seeds to show anything.")
+    assert said(0.02, 0.01, 0.03, 3).endswith("3 seeds): a gain is shown.")
     nothing = {"value": None, "interval": None, "seeds": 2, "note": "one class"}
     assert "cannot be compared (one class)" in sentences.changed("x", 4, "AUC", nothing)
 

@@ -153,7 +153,7 @@ def test_fewer_seeds_are_said(tmp_path: Path) -> None:
     found = results.difference(added, real, View("test"), "auc")
     assert found is not None
     assert found["seeds"] == 1
-    assert "1 seed, too few" in said(folder, tmp_path)
+    assert "1 seed): too few" in said(folder, tmp_path)
 
 
 def test_pictures_that_not_every_run_has_are_left_out(tmp_path: Path) -> None:

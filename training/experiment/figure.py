@@ -88,20 +88,25 @@ def _panel(
 ) -> None:
     columns = ratios(results)
     # Sizes keep their colour in every panel, whether a generator was tried with them or not.
-    for number, size in enumerate(sizes(results, model, (REAL, ADDED, ONLY, CLASSIC))):
+    listed = sizes(results, model, (REAL, ADDED, ONLY, CLASSIC))
+    for number, size in enumerate(listed):
+        # A little to the side, so that no bar hides another's.
+        aside = 0.015 * max([1.0, *columns]) * (number - (len(listed) - 1) / 2)
         colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
         stroke = _STROKES[number % len(_STROKES)]
         real = Key(REAL, "", model, size, 0.0, 0)
         cells = [real, *(Key(ADDED, generator, model, size, ratio, 0) for ratio in columns)]
-        _line(axes, results, cells, view, measure, label=f"{size:,} real", color=colour,
+        _line(axes, results, cells, view, measure, aside, label=f"{size:,} real", color=colour,
               marker=mark, linestyle=stroke, markersize=5)  # fmt: skip
         alone = [Key(ONLY, generator, model, size, ratio, 0) for ratio in columns]
-        _line(axes, results, alone, view, measure, color=colour, marker=mark, linestyle="none",
-              markersize=5, markerfacecolor="white", label="synthetic only (same mark, hollow)",
+        _line(axes, results, alone, view, measure, aside, color=colour, marker=mark,
+              linestyle="none", markersize=5, markerfacecolor="white",
+              label="synthetic only (same mark, hollow)",
               only_first_label=number > 0)  # fmt: skip
         classic = Key(CLASSIC, "", model, size, 0.0, 0)
         if classic in results.cells:
-            axes.plot([-0.12], [_mean(results, classic, view, measure)], marker="*", color=colour,
+            beside = aside - 0.07 * max([1.0, *columns])
+            axes.plot([beside], [_mean(results, classic, view, measure)], marker="*", color=colour,
                       linestyle="none", markersize=9,
                       label="_" if number else "classic augmentation (star)")  # fmt: skip
     for cell in results.cells:
@@ -122,7 +127,7 @@ def _panel(
 
 
 def _line(
-    axes: Axes, results: Results, cells: list[Key], view: View, measure: str,
+    axes: Axes, results: Results, cells: list[Key], view: View, measure: str, aside: float,
     only_first_label: bool = False, **style: Any,
 ) -> None:  # fmt: skip
     known = [cell for cell in cells if cell in results.cells]
@@ -131,7 +136,7 @@ def _line(
     values = [results.values(cell, view, measure) for cell in known]
     label = style.pop("label")
     axes.errorbar(
-        [cell.ratio for cell in known], [float(np.mean(v)) for v in values],
+        [cell.ratio + aside for cell in known], [float(np.mean(v)) for v in values],
         yerr=[float(v.std(ddof=1)) if len(v) > 1 else 0.0 for v in values],
         capsize=2.5, elinewidth=1, label="_" if only_first_label else label, **style,
     )  # fmt: skip

@@ -4,19 +4,20 @@
     'With 500 real pictures, adding 1.75 times as many synthetic ones (mini) changed AUC by -0.004
     (95 % interval -0.020 to +0.010, 5 seeds): no gain is shown, nor a loss.'
 
-A gain is shown where the whole interval is above zero as it is printed, rounded outwards.
+A gain is shown where the whole interval is above zero as it is printed, rounded outwards, and there
+are three seeds or more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from training.experiment.config import ADDED, CLASSIC, ONLY, REAL, UPPER, WEIGHTS
 from training.experiment.key import Key
 
-FEW = 3
+FEW: Final = 3
 """Seeds below which an interval says little of the training's own chance."""
 
 
@@ -63,10 +64,10 @@ def changed(what: str, size: int, measure: str, found: Mapping[str, Any]) -> str
         return f"{begin}: {measure} cannot be compared ({found.get('note', 'no value')})."
     low, high = outward(found["interval"])
     seeds = found["seeds"]
-    few = "" if seeds >= FEW else ", too few for the training's own chance"
+    shown = verdict(low, high) if seeds >= FEW else "too few seeds to show anything"
     return (
         f"{begin} changed {measure} by {signed(found['value'])} (95 % interval {signed(low)} to "
-        f"{signed(high)}, {seeds} seed{'s' * (seeds > 1)}{few}): {verdict(low, high)}."
+        f"{signed(high)}, {seeds} seed{'s' * (seeds > 1)}): {shown}."
     )
 
 

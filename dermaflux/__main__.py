@@ -21,7 +21,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final
 
@@ -151,7 +151,7 @@ def classify(options: argparse.Namespace) -> int:
             print(json.dumps({"file": str(path), "error": why}), flush=True)
             continue
         (found,) = classifier.classify([picture])
-        print(json.dumps({"file": str(path), **vars(found)}), flush=True)
+        print(json.dumps({"file": str(path), **asdict(found)}), flush=True)
     return 1 if failed else 0
 
 

@@ -31,6 +31,7 @@ from dermaflux.manifest import (
     File,
     Golden,
     ImageParity,
+    IntakeSpec,
     Licence,
     Limits,
     ModelSpec,
@@ -51,6 +52,7 @@ __all__ = [
     "File",
     "Golden",
     "ImageParity",
+    "IntakeSpec",
     "Licence",
     "Limits",
     "ModelSpec",
@@ -162,6 +164,13 @@ class Bundle:
                         f"{MANIFEST}.parts.{name}: tensor {tensor.name} is {tensor.dtype}; "
                         f"graphs take {' and '.join(DTYPES)} only"
                     )
+        if self.classifier and self.classifier.intake:
+            given = [tensor.name for tensor in self.parts["classifier"].outputs]
+            if "features" not in given:
+                raise BundleError(
+                    f"{MANIFEST}.classifier.intake needs the output features of the classifier, "
+                    f"which gives {', '.join(given)}"
+                )
         check_values(self.model, self.defaults, self.limits, self.classifier)
         Schedule.from_config(self.scheduler)
 
@@ -178,6 +187,8 @@ class Bundle:
                 raise BundleError(f"{data.path} is not what was exported: its sha256 differs")
         listed = {data.path for data in self.files}
         others = [f"{tokenizer}/tokenizer.json" for tokenizer in TOKENIZERS]
+        if self.classifier and self.classifier.intake:
+            others.append(self.classifier.intake.file)
         for relative in (*others, *([self.golden.image] if self.golden else [])):
             self.file(relative)
             if relative not in listed:

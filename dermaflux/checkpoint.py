@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dermaflux.bundle import ClassifierSpec, Defaults, Limits, ModelSpec
+from dermaflux.bundle import ClassifierSpec, Defaults, Limits, ModelSpec, sha256
 from dermaflux.errors import BundleError
 from dermaflux.strict import read
 
 UNKNOWN_LICENCE: Final = "unknown: see the checkpoint's own licence"
+INTAKE: Final = "classifier/intake.json"
+STATISTICS: Final = "classifier/intake.npz"
+"""The classifier's gate: limits and rates of errors, and the statistics that it compares with."""
 MAX_STEPS: Final = 100
 """Schedules beyond 50 steps change no pixel that anybody sees; twice that is a generous end."""
 MAX_BATCH: Final = 8
@@ -86,7 +89,7 @@ class Checkpoint:
             scheduler=_load(folder, "scheduler/scheduler_config.json"),
             defaults=defaults,
             limits=_limits(defaults, 2 * scale),
-            classifier=_classifier(folder),
+            classifier=classifier_spec(folder),
             provenance=provenance,
         )
 
@@ -138,7 +141,13 @@ def _clip_length(folder: Path) -> int:
     return int(min(told, positions))
 
 
-def _classifier(folder: Path) -> ClassifierSpec | None:
+def classifier_spec(folder: Path, *, gate: bool = True) -> ClassifierSpec | None:
+    """The classifier of a checkpoint's folder, None where it has none; its gate's limits too, if
+    there are any and `gate` asks for them.
+
+    Raises:
+        BundleError: a file lacks a key, or the gate was fitted to other weights.
+    """
     if not (folder / "classifier").is_dir():
         return None
     where = "classifier/config.json"
@@ -157,8 +166,26 @@ def _classifier(folder: Path) -> ClassifierSpec | None:
             name: _key(reading, name, f"{where}: dermaflux")
             for name in ("temperature", "threshold", "abstain")
         },
+        "intake": _intake(folder) if gate else None,
     }
     return read(ClassifierSpec, values, where)
+
+
+def _intake(folder: Path) -> Mapping[str, Any] | None:
+    if not (folder / INTAKE).is_file():
+        return None
+    content = _load(folder, INTAKE)
+    # Another classifier has other features: what is usual for one is not for the other.
+    if _key(content, "weights", INTAKE) != sha256(folder / "classifier/model.safetensors"):
+        raise BundleError(
+            f"{folder / INTAKE} was fitted to other weights than classifier/model.safetensors; "
+            f"fit it again (python -m training.intake {folder / 'classifier'} --data DATASET), or "
+            "remove it to do without a gate"
+        )
+    limits = _key(content, "limits", INTAKE)
+    if not isinstance(limits, dict):
+        raise BundleError(f"{INTAKE}.limits needs an object")
+    return {"file": STATISTICS, **limits}
 
 
 def _load(folder: Path, name: str) -> Mapping[str, Any]:

@@ -1,8 +1,9 @@
 """A lesion photograph -> a calibrated probability of malignancy, a label, and a decision.
 
 Pre-processing is timm's evaluation transform without torch; the graph gives logits; a temperature
-makes them probabilities; the bundle's threshold and abstention band make a decision. All of these
-numbers travel in `bundle.json`.
+makes them probabilities; the bundle's threshold and abstention band make a decision. A picture that
+the gate does not accept (`dermaflux.intake`: a black one, a cat) gets none. All of these numbers
+travel in the bundle.
 
     >>> Classifier.open("bundles/mini").classify([decode_upload(data)])
     [Prediction(label='benign', probability=0.08, threshold=0.31, decision='benign', ...)]
@@ -25,6 +26,7 @@ from dermaflux.bundle import Bundle, ClassifierSpec
 from dermaflux.engines import Choice, Engine, choose, load
 from dermaflux.errors import BundleError, EngineError
 from dermaflux.flow import Floats
+from dermaflux.intake import Intake, Reason
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Prediction:
     """What the classifier says of one picture.
 
     `probability` is of malignancy, 0 to 1; `label` compares it with `threshold`; `decision` is the
-    label, or `abstain` where the probability is within the band in which it is not to be trusted.
+    label, or `abstain` where the probability is within the band in which it is not to be trusted,
+    or where the gate did not accept the picture: then `reasons` say why, and label and probability
+    mean nothing.
     """
 
     label: str
@@ -40,6 +44,8 @@ class Prediction:
     threshold: float
     decision: str
     logits: tuple[float, ...]
+    accepted: bool = True
+    reasons: tuple[Reason, ...] = ()
 
 
 class Classifier:
@@ -51,8 +57,10 @@ class Classifier:
         engine: Engine,
         max_batch: int = 8,
         choice: Choice | None = None,
+        intake: Intake | None = None,
     ) -> None:
         self.spec = spec
+        self.intake = intake
         self.engine = engine
         self.choice = choice
         self._max_batch = max_batch
@@ -66,8 +74,9 @@ class Classifier:
         *,
         checkpoint: str | os.PathLike[str] | None = None,
         threads: int | None = None,
+        gated: bool = True,
     ) -> Classifier:
-        """The classifier of a bundle.
+        """The classifier of a bundle; without its gate it judges whatever it is shown.
 
         Raises:
             BundleError: the bundle cannot be opened, or has no classifier.
@@ -83,7 +92,10 @@ class Classifier:
         choice = choose(bundle, "classifier", engine, precision)
         weights = None if checkpoint is None else Path(checkpoint)
         loaded = load(bundle, choice, checkpoint=weights, threads=threads)
-        return cls(bundle.classifier, loaded, bundle.limits.max_batch, choice)
+        spec = bundle.classifier
+        wanted = spec.intake if gated else None
+        intake = None if wanted is None else Intake.open(wanted, bundle.path)
+        return cls(spec, loaded, bundle.limits.max_batch, choice, intake)
 
     def classify(self, images: Sequence[Image.Image]) -> list[Prediction]:
         """One prediction per RGB picture, in order, in batches of the bundle's `max_batch`.
@@ -95,13 +107,19 @@ class Classifier:
         for start in range(0, len(images), self._max_batch):
             chunk = images[start : start + self._max_batch]
             pixels = np.stack([preprocess(image, self.spec) for image in chunk])
-            logits = self.engine.run({"pixel_values": pixels})["logits"]
-            if not np.isfinite(logits).all():
-                raise EngineError(
-                    f"{self.engine.name} in {self.engine.precision} gave logits that are not "
-                    "finite; try another precision"
-                )
-            predictions += [predict(row, self.spec) for row in logits]
+            found = self.engine.run({"pixel_values": pixels})
+            read = ("logits",) if self.intake is None else ("logits", "features")
+            for name in read:
+                if not np.isfinite(found[name]).all():
+                    raise EngineError(
+                        f"{self.engine.name} in {self.engine.precision} gave {name} that are not "
+                        "finite; try another precision"
+                    )
+            for row, image in enumerate(chunk):
+                reasons: tuple[Reason, ...] = ()
+                if self.intake is not None:
+                    reasons = self.intake.reasons(image, found["features"][row])
+                predictions.append(predict(found["logits"][row], self.spec, reasons))
         return predictions
 
 
@@ -124,8 +142,9 @@ def preprocess(image: Image.Image, spec: ClassifierSpec) -> Floats:
     return np.ascontiguousarray(((shares - mean) / std).transpose(2, 0, 1))
 
 
-def predict(logits: Floats, spec: ClassifierSpec) -> Prediction:
-    """Logits [classes] -> a prediction. The band is half open: low <= probability < high."""
+def predict(logits: Floats, spec: ClassifierSpec, reasons: tuple[Reason, ...] = ()) -> Prediction:
+    """Logits [classes] -> a prediction. The band is half open: low <= probability < high. With
+    `reasons` against the picture there is no decision."""
     scaled = logits.astype(np.float64) / spec.temperature
     shares = np.exp(scaled - scaled.max())
     probability = float(shares[spec.classes.index("malignant")] / shares.sum())
@@ -135,8 +154,10 @@ def predict(logits: Floats, spec: ClassifierSpec) -> Prediction:
         label=label,
         probability=probability,
         threshold=spec.threshold,
-        decision="abstain" if low <= probability < high else label,
+        decision="abstain" if reasons or low <= probability < high else label,
         logits=tuple(float(value) for value in logits),
+        accepted=not reasons,
+        reasons=reasons,
     )
 
 

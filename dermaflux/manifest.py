@@ -109,8 +109,30 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class IntakeSpec:
+    """Which pictures the classifier judges; see `dermaflux.intake`.
+
+    `file` holds the statistics, relative to the bundle's (or the checkpoint's) folder; `min_side`
+    is in pixels; the next six are limits of `dermaflux.appearance.Quality`, the last two the least
+    logarithms of densities.
+    """
+
+    file: str
+    min_side: int
+    light: float
+    shade: float
+    clipped: float
+    contrast: float
+    sharpness: float
+    grain: float
+    appearance: float
+    features: float
+
+
+@dataclass(frozen=True)
 class ClassifierSpec:
-    """Pre-processing and reading of the classifier; `input_size` is (3, height, width)."""
+    """Pre-processing and reading of the classifier; `input_size` is (3, height, width). Without
+    `intake` every picture is judged."""
 
     classes: tuple[str, ...]
     input_size: tuple[int, int, int]
@@ -121,6 +143,7 @@ class ClassifierSpec:
     temperature: float
     threshold: float
     abstain: tuple[float, float]
+    intake: IntakeSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -237,3 +260,9 @@ def _rules(
     yield classifier.temperature > 0, "classifier.temperature needs a number above 0"
     yield 0 <= classifier.threshold <= 1, "classifier.threshold needs a probability"
     yield 0 <= low <= high <= 1, "classifier.abstain needs two probabilities, the lower first"
+    if classifier.intake is not None:
+        yield classifier.intake.min_side > 0, "classifier.intake.min_side needs a number above 0"
+        yield (
+            0 <= classifier.intake.clipped <= 1,
+            "classifier.intake.clipped needs a share, 0 to 1",
+        )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dermaflux import vocabulary
 from dermaflux.bundle import TOKENIZERS
-from dermaflux.checkpoint import Checkpoint
+from dermaflux.checkpoint import INTAKE, STATISTICS, Checkpoint
 from dermaflux.engines import parts
 from dermaflux.errors import BundleError
 from export import tokenizer
@@ -88,6 +88,9 @@ def write_settings(checkpoint: Checkpoint, bundle: Path, parts: Sequence[str]) -
         (bundle / part).mkdir(exist_ok=True)
         config = checkpoint.path / folder_of(part) / "config.json"
         shutil.copyfile(config, bundle / part / "config.json")
+    if "classifier" in parts and checkpoint.classifier and checkpoint.classifier.intake:
+        file = checkpoint.classifier.intake.file
+        shutil.copyfile(checkpoint.path / file, bundle / file)
     tokenizer.write(checkpoint, bundle)
 
 
@@ -97,6 +100,9 @@ def _problems(checkpoint: Path, parts: Sequence[str]) -> Iterator[str]:
             yield f"{name} is missing"
     for name in TOKENIZERS:
         yield from vocabulary.problems(checkpoint / name)
+    gated = "classifier" in parts and (checkpoint / INTAKE).is_file()
+    if gated and not (checkpoint / STATISTICS).is_file():
+        yield f"{STATISTICS}, which python -m training.intake makes, is missing"
     for name in dict.fromkeys(folder_of(part) for part in parts):
         if not (checkpoint / name / "config.json").is_file():
             yield f"{name}/config.json is missing"

@@ -17,7 +17,7 @@ from dermaflux.images import decode_upload
 from serving.body import read_image
 from serving.metrics import Metrics
 from serving.replies import Refusal
-from serving.schema import MAX_RATIO, MIN_SIDE, Classification
+from serving.schema import MAX_RATIO, MIN_SIDE, Classification, Refused
 from serving.settings import Settings
 from serving.worker import Job, Worker
 
@@ -58,6 +58,8 @@ class Classifying:
             threshold=prediction.threshold,
             abstain=classifier.spec.abstain,
             decision=cast(Literal["benign", "malignant", "abstain"], prediction.decision),
+            accepted=prediction.accepted,
+            reasons=[Refused(code=one.code, text=one.text) for one in prediction.reasons],
             bundle=self._bundle,
         )
         return JSONResponse(answer.model_dump(), headers={"Cache-Control": "no-store"})

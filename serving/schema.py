@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from pydantic_core import PydanticCustomError
 
 from dermaflux.flow import MAX_SEED
+from dermaflux.intake import Code
 from dermaflux.prompt import VOCABULARY
 
 ErrorCode = Literal[
@@ -126,6 +127,13 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
+class Refused(BaseModel):
+    """Why a picture is not judged."""
+
+    code: Code
+    text: str = Field(description="A sentence for a person, with the figure and its limit.")
+
+
 class Classification(BaseModel):
     """The classifier's answer about one photograph. Research use only."""
 
@@ -140,6 +148,12 @@ class Classification(BaseModel):
         description="From the first up to, but not at, the second there is no decision."
     )
     decision: Literal["benign", "malignant", "abstain"]
+    accepted: bool = Field(
+        description="Whether the picture is one that can be judged: well enough taken, and like "
+        "those that the classifier learnt from. If not, the decision is abstain, and label and "
+        "probability mean nothing."
+    )
+    reasons: list[Refused] = Field(description="Why it is not accepted; empty where it is.")
     bundle: str = Field(description="Identity of the bundle that answered.")
 
 

@@ -1,7 +1,7 @@
 // Second panel: a photograph in; probability, threshold, abstention band and decision out.
 
 import { ApiError, classify } from "./api.js";
-import { byId } from "./dom.js";
+import { byId, element } from "./dom.js";
 
 const WORDS = { benign: "Benign", malignant: "Malignant", abstain: "No decision" };
 
@@ -68,7 +68,7 @@ async function take(picture, synthetic = false) {
   }
 }
 
-function show({ probability, threshold, abstain: [low, high], decision, bundle }) {
+function show({ probability, threshold, abstain: [low, high], decision, accepted, reasons, bundle }) {
   const answer = byId("answer");
   answer.dataset.state = "full";
   answer.dataset.decision = decision;
@@ -79,7 +79,11 @@ function show({ probability, threshold, abstain: [low, high], decision, bundle }
     abstain: `The calibrated probability of malignant is ${p}, too close to the threshold of ${threshold} to decide.`,
   }[decision];
   byId("decision").textContent = WORDS[decision];
-  byId("because").textContent = because;
+  byId("because").textContent = accepted ? because : "This picture cannot be judged.";
+  // A probability of what is no picture of a lesion would be read as one all the same.
+  byId("scale").hidden = byId("legend").hidden = !accepted;
+  byId("reasons").hidden = accepted;
+  byId("reasons").replaceChildren(...reasons.map(({ text }) => element("li", { textContent: text })));
   const scale = byId("scale");
   for (const [name, value] of Object.entries({ probability, threshold, low, high })) {
     scale.style.setProperty(`--${name}`, value);
@@ -94,7 +98,8 @@ function show({ probability, threshold, abstain: [low, high], decision, bundle }
   byId("answer-bundle").textContent = bundle;
   byId("answer-empty").hidden = true;
   byId("answer-full").hidden = false;
-  byId("classify-status").textContent = `Decision: ${WORDS[decision]}. ${because}`;
+  const spoken = accepted ? because : reasons.map(({ text }) => text).join(" ");
+  byId("classify-status").textContent = `Decision: ${WORDS[decision]}. ${spoken}`;
 }
 
 function clear() {

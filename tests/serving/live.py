@@ -26,6 +26,7 @@ from dermaflux.bundle import Bundle, ClassifierSpec, Defaults, Licence, Limits, 
 from dermaflux.classifier import Classifier
 from dermaflux.engines import Array, Arrays, Choice, fake
 from dermaflux.flow import Schedule
+from dermaflux.intake import Intake
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import WORDING
 from dermaflux.tokens import Tokens
@@ -145,6 +146,7 @@ def running(
     *,
     fails: Exception | None = None,
     classifies: bool = True,
+    intake: Intake | None = None,
     prove: Callable[[], GoldenCard] | None = None,
     **settings: object,
 ) -> Iterator[Live]:
@@ -165,7 +167,8 @@ def running(
 
     def redness(inputs: Arrays) -> dict[str, Array]:
         red = inputs["pixel_values"][:, 0].mean(axis=(1, 2)) * 4
-        return {"logits": np.stack([-red, red], axis=1).astype(np.float32)}
+        logits = np.stack([-red, red], axis=1).astype(np.float32)
+        return {"logits": logits, "features": logits}
 
     engines["transformer"] = fake.Fake(braked)
     origin = {"bundle": "0123456789abcdef", "model": "tiny", "wording": WORDING}
@@ -178,7 +181,7 @@ def running(
         engines,
         origin,
     )
-    classifier = Classifier(SPEC, fake.Fake(redness)) if classifies else None
+    classifier = Classifier(SPEC, fake.Fake(redness), intake=intake) if classifies else None
     registry = CollectorRegistry()
     card = tiny_card(configured, classifies=classifies)
     readiness = Readiness()

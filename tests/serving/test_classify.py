@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
+from tests.lenient import lenient
 from tests.serving.live import Live, picture, running
 from tests.serving.test_generate import error
 
@@ -39,9 +40,27 @@ def test_answer(live: Live, red: int, label: str, decision: str) -> None:
         "threshold": 0.4,
         "abstain": [0.3, 0.5],
         "decision": decision,
+        "accepted": True,
+        "reasons": [],
         "bundle": "0123456789abcdef",
     }
     assert live.count("dermaflux_decisions_total", decision=decision) == 1
+
+
+def test_a_picture_that_cannot_be_judged_gets_no_decision_and_the_reason() -> None:
+    with running(intake=lenient(2, light=200.0)) as live:
+        reply = post(live, picture(255))
+        assert reply.status_code == 200
+        answer = reply.json()
+        assert (answer["label"], answer["decision"]) == ("malignant", "abstain")
+        assert not answer["accepted"]
+        (reason,) = answer["reasons"]
+        assert reason["code"] == "too_dark"
+        assert "at least 200 needed" in reason["text"]
+        assert live.count("dermaflux_decisions_total", decision="abstain") == 1
+        document = live.client.get("/openapi.json").json()
+        codes = document["components"]["schemas"]["Refused"]["properties"]["code"]["enum"]
+        assert reason["code"] in codes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""How usual a vector is among those that a density was fitted to: a mixture of Gaussians in numpy.
+
+    normal scores (by each number's own quantiles) -> standard -> principal axes -> mixture
+
+One component over all axes is the Mahalanobis distance. The fit is `training.intake`'s; here it is
+read and evaluated, so that a service needs neither torch nor scikit-learn.
+
+    >>> density = Density.of({name: array, ...})
+    >>> density.score(vector)                   # a logarithm: the lower, the stranger
+    -31.4
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dermaflux.errors import BundleError
+from dermaflux.flow import Floats
+
+
+@dataclass(frozen=True)
+class Density:
+    """Float32 arrays over D numbers, K axes and C components.
+
+    `knots` [Q, D] are each number's quantiles at the normal scores `scores` [Q], both rising;
+    `spread` [D] is its scale beyond them. `mean` and `deviation` [D] make scores standard, `axes`
+    [K, D] and `origin` [K] project them, `weights` [C] (logarithms), `means` [C, K] and `factors`
+    [C, K, K] are the mixture: the inverse covariance is a factor times its transpose.
+    """
+
+    scores: Floats
+    knots: Floats
+    spread: Floats
+    mean: Floats
+    deviation: Floats
+    axes: Floats
+    origin: Floats
+    weights: Floats
+    means: Floats
+    factors: Floats
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> Density:
+        """Raises:
+        BundleError: an array is missing, of another type or shape, or not finite.
+        """
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if name not in arrays]:
+            raise BundleError(f"the statistics have no {missing[0]}")
+        found = cls(**{name: arrays[name] for name in names})
+        shapes = [array.shape for array in vars(found).values()]
+        if found.knots.ndim != 2 or found.means.ndim != 2:
+            raise BundleError(f"the statistics have shapes {shapes}, which do not fit together")
+        (q, d), (c, k) = found.knots.shape, found.means.shape
+        needed = [(q,), (q, d), (d,), (d,), (d,), (k, d), (k,), (c,), (c, k), (c, k, k)]
+        if shapes != needed or min(q, d, c, k) < 1:
+            raise BundleError(f"the statistics have shapes {shapes}; {needed} are needed")
+        for name, array in vars(found).items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                raise BundleError(f"{name} of the statistics needs finite float32 numbers")
+        return found
+
+    def score(self, vector: Floats) -> float:
+        """The logarithm of the density at a vector [D]."""
+        return float(self.score_all(vector[None])[0])
+
+    def score_all(self, vectors: Floats) -> NDArray[np.float64]:
+        """The same for [N, D] -> [N]."""
+        standard = (self.normal(vectors) - self.mean) / self.deviation
+        places = standard @ self.axes.T.astype(np.float64) - self.origin
+        size = places.shape[1]
+        logs = []
+        for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True):
+            away = (places - mean) @ factor.astype(np.float64)
+            volume = float(np.log(np.abs(np.diag(factor)).astype(np.float64)).sum())
+            constant = float(weight) + volume - 0.5 * size * math.log(2 * math.pi)
+            logs.append(constant - 0.5 * (away**2).sum(1))
+        return np.asarray(np.logaddexp.reduce(logs, axis=0), np.float64)
+
+    def normal(self, vectors: Floats) -> NDArray[np.float64]:
+        """Each number by its own quantiles as a normal one; beyond them it goes on in a line."""
+        found = np.empty(vectors.shape, np.float64)
+        for column in range(vectors.shape[1]):
+            values = vectors[:, column].astype(np.float64)
+            knots = self.knots[:, column].astype(np.float64)
+            beyond = np.maximum(values - knots[-1], 0) - np.maximum(knots[0] - values, 0)
+            found[:, column] = np.interp(values, knots, self.scores)
+            found[:, column] += beyond / float(self.spread[column])
+        return found

@@ -1,0 +1,166 @@
+"""The gate before the classifier: is this a picture that it can judge, and if not, why.
+
+A classifier answers whatever it is shown; a black picture is "malignant" to one that has seen only
+lesions. The gate asks three things, each with a limit that was set on validation pictures: was the
+picture well taken (light, contrast, sharpness), does it look like those that the classifier learnt
+from (`dermaflux.appearance`), and do the classifier's own features say so too. The limits and
+the statistics travel in the bundle; `python -m training.intake` makes both.
+
+    >>> intake = Intake.open(spec, Path("bundles/mini"))
+    >>> intake.reasons(Image.new("RGB", (224, 224)), features)
+    (Reason(code='too_dark', text='The picture is too dark: ...'), ...)
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dermaflux.appearance import Quality, describe, measure, square
+from dermaflux.density import Density
+from dermaflux.errors import BundleError
+from dermaflux.flow import Floats
+from dermaflux.manifest import IntakeSpec
+
+Code = Literal[
+    "too_small", "too_dark", "too_bright", "no_contrast", "blurred", "noisy", "unlike_training",
+    "unlike_features",
+]  # fmt: skip
+APPEARANCE: Final = "appearance"
+FEATURES: Final = "features"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a picture is not judged: a word for programs, a sentence for people."""
+
+    code: Code
+    text: str
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The gate with its limits and statistics."""
+
+    spec: IntakeSpec
+    appearance: Density
+    features: Density
+
+    @classmethod
+    def open(cls, spec: IntakeSpec, folder: str | os.PathLike[str]) -> Intake:
+        """The gate of a bundle's or a checkpoint's folder.
+
+        Raises:
+            BundleError: the file of statistics is missing, damaged, or not of this form.
+        """
+        file = Path(folder) / spec.file
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                content = {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise BundleError(f"the statistics {file} cannot be read: {error}") from error
+        return cls(spec, *(Density.of(_part(content, name)) for name in (APPEARANCE, FEATURES)))
+
+    def reasons(self, picture: Image.Image, features: Floats) -> tuple[Reason, ...]:
+        """Why an RGB picture with the classifier's features [F] is not to be judged; empty where it
+        is. The worst first: what is wrong with the picture, then what it shows.
+
+        Raises:
+            BundleError: the statistics are of features of another length.
+        """
+        return tuple(self._found(picture, features))
+
+    def scores(self, picture: Image.Image, features: Floats) -> tuple[Quality, float, float]:
+        """The quality, and how usual appearance and features are (logarithms of densities)."""
+        pixels = square(picture)
+        look = describe(pixels)
+        both = np.concatenate([look, features.astype(np.float32)])
+        if both.shape[0] != self.features.mean.shape[0]:
+            raise BundleError(
+                f"the statistics {self.spec.file} are of {self.features.mean.shape[0]} numbers, "
+                f"the classifier gives {both.shape[0]}; fit them with: python -m training.intake"
+            )
+        return measure(pixels), self.appearance.score(look), self.features.score(both)
+
+    def _found(self, picture: Image.Image, features: Floats) -> Iterator[Reason]:
+        quality, look, both = self.scores(picture, features)
+        small = min(picture.size)
+        if small < self.spec.min_side:
+            yield Reason(
+                "too_small",
+                f"The picture is too small: {small} pixels on its shorter side, at least "
+                f"{self.spec.min_side} are needed.",
+            )
+        yield from faults(quality, self.spec)
+        if look < self.spec.appearance:
+            yield Reason(
+                "unlike_training",
+                "The picture does not look like the dermoscopic pictures of lesions that the "
+                f"classifier learnt from: {look:.1f}, at least {self.spec.appearance:.1f} needed.",
+            )
+        if both < self.spec.features:
+            yield Reason(
+                "unlike_features",
+                "What the classifier sees in the picture is unlike the lesions that it learnt "
+                f"from: {both:.1f}, at least {self.spec.features:.1f} needed.",
+            )
+
+
+def faults(quality: Quality, spec: IntakeSpec) -> Iterator[Reason]:
+    """What is wrong with how a picture was taken."""
+    if quality.light < spec.light:
+        yield Reason(
+            "too_dark",
+            f"The picture is too dark: its bright parts have grey value {quality.light:.0f} of "
+            f"255, at least {spec.light:.0f} needed.",
+        )
+    if quality.shade > spec.shade or quality.clipped > spec.clipped:
+        yield Reason(
+            "too_bright",
+            f"The picture is overexposed: {quality.clipped:.0%} of it is at the end of the scale "
+            f"(at most {spec.clipped:.0%}), its dark parts have grey value {quality.shade:.0f} (at "
+            f"most {spec.shade:.0f}).",
+        )
+    if quality.contrast < spec.contrast:
+        yield Reason(
+            "no_contrast",
+            f"The picture shows almost nothing: its grey values spread by {quality.contrast:.1f}, "
+            f"at least {spec.contrast:.1f} needed.",
+        )
+    if quality.sharpness < spec.sharpness:
+        yield Reason(
+            "blurred",
+            f"The picture is blurred: sharpness {quality.sharpness:.2f}, at least "
+            f"{spec.sharpness:.2f} needed.",
+        )
+    if quality.grain > spec.grain:
+        yield Reason(
+            "noisy",
+            f"The picture is full of noise or fine lines: {quality.grain:.2f}, at most "
+            f"{spec.grain:.2f} allowed.",
+        )
+
+
+def arrays_of(appearance: Density, features: Density) -> dict[str, NDArray[Any]]:
+    """The content of the file of statistics, for `numpy.savez`."""
+    return {
+        f"{name}.{key}": value
+        for name, density in ((APPEARANCE, appearance), (FEATURES, features))
+        for key, value in vars(density).items()
+    }
+
+
+def _part(arrays: dict[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:
+    return {
+        key.removeprefix(f"{name}."): value
+        for key, value in arrays.items()
+        if key.startswith(f"{name}.")
+    }

@@ -190,7 +190,10 @@ def test_a_seen_test_picture_is_refused_or_left_out(
     report = tmp_path / "report.md"
     assert main(["--report", str(out), "--out", str(report)]) == 0
     assert f"real/{tests[3].file.name} = {tests[3].file.name}" in report.read_text()
-    assert "11 pictures, 5 malignant, of 12; 1 left out" in report.read_text()
+    assert (
+        "11 pictures, 5 malignant, of 12; calling all benign is right for 0.545; 1 left"
+        in report.read_text()
+    )
 
 
 def test_one_run_that_fails_leaves_the_others(

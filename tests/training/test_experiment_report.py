@@ -58,7 +58,7 @@ def invented(
                     }
                 )  # fmt: skip
     about = {
-        "config": {}, "tests": {"test": N + 2}, "same_as_real": {"small": 4},
+        "config": {}, "val_copies": 2, "tests": {"test": N + 2}, "same_as_real": {"small": 4},
         "left_out": {
             "test": [{"file": "real/x.png", "by": "generator mini", "seen": "a/b.png", "why": "w"}]
         },
@@ -130,7 +130,8 @@ def test_tables_have_what_was_run_and_dashes_elsewhere(tmp_path: Path) -> None:
         "saw 9 pictures of ISIC (CC0-1.0), of which 8 are labelled",
         "made with the bundle flux (f1)", "1 of the pictures it saw are not known here",
         "4 of the 4 are in the real subset of 4", "its upper bound is the arm `real` at 4",
-        "real/x.png = b.png (w; generator mini)", "1 more that not every run was tested on",
+        "real/x.png = b.png (w; generator mini)", "calling all benign is right for 0.500",
+        "2 validation pictures have a copy", "1 more that not every run was tested on",
         "histology-confirmed alone", "border alone", "0.7783", "digitised from the figure, ±0.0003",
         "| all | – | 21 | 0.21 | 0.10 | 0.00 |",
     ):  # fmt: skip

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from dermaflux.errors import DatasetError
 from dermaflux.thumbnails import Index
 from training import data, leaks
@@ -42,10 +44,13 @@ class Left:
 
 @dataclass(frozen=True)
 class Guarded:
-    """`left_out` are the test pictures that were seen, by test; `saw` what each generator saw."""
+    """`left_out` are the test pictures that were seen, by test; `saw` what each generator saw;
+    `val_copies` how many validation pictures have a copy among the training ones.
+    """
 
     left_out: dict[str, list[Left]]
     saw: dict[str, dict[str, Any]]
+    val_copies: int = 0
 
     def kept(self, sets: Sets) -> dict[str, list[Sample]]:
         """The tests without them."""
@@ -64,7 +69,10 @@ def guard(sets: Sets, config: Config, leave_out: bool, threads: int = 2) -> Guar
             picture cannot be read; or a generator that claims to have seen a real subset alone saw
             other pictures.
     """
-    learnt = {f"training and validation of {config.real}": leaks.index([*sets.train, *sets.val])}
+    train, val = leaks.index(sets.train, threads), leaks.index(sets.val, threads)
+    learnt = {
+        f"training and validation of {Path(config.real).resolve().name}": joined([train, val])
+    }
     indices = {name: _seen(one, threads) for name, one in config.generators.items()}
     learnt |= {f"generator {name} or its captions": found for name, found in indices.items()}
     left: dict[str, list[Left]] = {}
@@ -84,7 +92,7 @@ def guard(sets: Sets, config: Config, leave_out: bool, threads: int = 2) -> Guar
         name: _facts(name, config.generators[name], index, sets, threads)
         for name, index in indices.items()
     }
-    return Guarded(left, saw)
+    return Guarded(left, saw, len(leaks.find(val, train, threads)))
 
 
 def _refuse(left: Mapping[str, Sequence[Left]], sets: Sets) -> None:
@@ -111,8 +119,6 @@ def joined(indices: Sequence[Index]) -> Index:
     """Several indices as one."""
     if len(indices) == 1:
         return indices[0]
-    import numpy as np
-
     starts = np.cumsum([0, *(len(one) for one in indices)])
     return Index(
         np.concatenate([one.thumbs for one in indices]),

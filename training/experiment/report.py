@@ -102,6 +102,13 @@ def told(results: Results) -> list[str]:
                     each.append(sentences.changed(what, real.size, f"AUC on {on}", one))
             if arm == ADDED and found:
                 said.append(sentences.summed(found, f"AUC on {on}"))
+            if arm == ADDED and found and view == results.views()[0]:
+                accuracy = [
+                    results.difference(cell, results.real(cell), view, "accuracy")
+                    for cell in tables.cells_of(results, arm)
+                ]
+                known = [one for one in accuracy if one is not None]
+                said.append(sentences.summed(known, f"accuracy on {on}"))
             # Beside the first test, the many sentences of others would hide what they say.
             if view == results.views()[0]:
                 said += each
@@ -119,11 +126,12 @@ def _tests(results: Results) -> list[str]:
     about = results.about
     for name, pictures in results.pictures.items():
         left = {one["file"]: one for one in about["left_out"].get(name, ())}
-        _, malignant = results.counts(View(name)) if pictures else (0, 0)
+        count, malignant = results.counts(View(name)) if pictures else (0, 0)
+        benign = f"; calling all benign is right for {1 - malignant / count:.3f}" if count else ""
         lines.append(
             f"- `{name}`: {len(pictures):,} pictures, {malignant} malignant, of "
-            f"{about['tests'][name]:,}; {len(left)} left out because they were seen in training"
-            + (":" if left else ".")
+            f"{about['tests'][name]:,}{benign}; {len(left)} left out because they were seen in "
+            f"training{':' if left else '.'}"
         )
         lines += [
             f"  - {one['file']} = {Path(one['seen']).name} ({one['why']}; {one['by']})"
@@ -132,6 +140,11 @@ def _tests(results: Results) -> list[str]:
         more = about["tests"][name] - len(left) - len(pictures)
         if more:
             lines.append(f"  - {more} more that not every run was tested on are not counted.")
+    if about["val_copies"]:
+        lines.append(
+            f"- {about['val_copies']} validation pictures have a copy among the training ones; "
+            "they choose thresholds, and no figure is of them."
+        )
     return [*lines, ""]
 
 

@@ -148,6 +148,7 @@ def about(config: Config, sets: Sets, held: Guarded, folder: Path) -> None:
         "left_out": {name: [asdict(one) for one in left] for name, left in held.left_out.items()},
         "generators": held.saw,
         "uppers": {name: len(samples) for name, samples in sets.uppers.items()},
+        "val_copies": held.val_copies,
         "same_as_real": same_as_real(config, sets),
         "subsets": {str(size): len(sets.subset(size)) for size in config.sizes},
     }

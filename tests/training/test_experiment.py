@@ -16,7 +16,7 @@ from dermaflux import dataset
 from dermaflux.dataset import Record
 from dermaflux.errors import DatasetError
 from training import data, leaks
-from training.experiment import journal, run, sentences, trial
+from training.experiment import guard, journal, plan, raw, sentences, trial
 from training.experiment.__main__ import main
 from training.experiment.config import Config, changed
 from training.experiment.key import Key, Only, planned
@@ -133,12 +133,12 @@ def test_two_processes_give_what_one_gives(whole: Path, folder: Path, tmp_path: 
 
 def test_figures_follow_from_the_raw_scores(whole: Path) -> None:
     for line in journal.lines(whole).values():
-        scores = trial.Scores.read(whole / line["scores"])
-        calibration = trial.calibrated(scores.where(scores.part == trial.VAL))
+        scores = raw.Scores.read(whole / line["scores"])
+        calibration = raw.calibrated(scores.where(scores.part == raw.VAL))
         assert calibration == pytest.approx(line["calibration"])
         for name in ("test", "elsewhere"):
-            found = trial.measured(scores.where(scores.part == name), calibration)
-            assert trial.rounded(found) == line["metrics"][name]
+            found = raw.measured(scores.where(scores.part == name), calibration)
+            assert raw.rounded(found) == line["metrics"][name]
 
 
 def test_changed_settings_are_refused_and_more_seeds_add_runs(
@@ -160,11 +160,11 @@ def test_changed_settings_are_refused_and_more_seeds_add_runs(
 def test_a_default_that_came_later_is_no_change() -> None:
     key = Key("real", "", "model", 4, 0.0, 0)
     now = {"recipe": {"steps": 4, "cutmix": 0.0}, "learnt": "a"}
-    run._same(key, {"recipe": {"steps": 4}, "learnt": "a"}, now, Path("x"))
+    plan._same(key, {"recipe": {"steps": 4}, "learnt": "a"}, now, Path("x"))
     with pytest.raises(DatasetError, match="another recipe.cutmix"):
-        run._same(key, {"recipe": {"steps": 4, "cutmix": 1.0}, "learnt": "a"}, now, Path("x"))
+        plan._same(key, {"recipe": {"steps": 4, "cutmix": 1.0}, "learnt": "a"}, now, Path("x"))
     with pytest.raises(DatasetError, match="another learnt"):
-        run._same(key, {"recipe": {"steps": 4}, "learnt": "b"}, now, Path("x"))
+        plan._same(key, {"recipe": {"steps": 4}, "learnt": "b"}, now, Path("x"))
 
 
 def test_a_seen_test_picture_is_refused_or_left_out(
@@ -183,7 +183,7 @@ def test_a_seen_test_picture_is_refused_or_left_out(
     assert not journal.lines(out)
     assert main([*arguments, "--leave-out"]) == 0
     (line,) = journal.lines(out).values()
-    scores = trial.Scores.read(out / line["scores"])
+    scores = raw.Scores.read(out / line["scores"])
     names = [Path(name).name for name in scores.picture[scores.part == "test"]]
     assert names == [s.file.name for s in tests if s != tests[3]]
     capsys.readouterr()
@@ -266,16 +266,16 @@ def test_a_subset_is_a_dataset_and_its_generator_is_held_to_it(
     config = Config.read(file)
     sets = Sets.read(config)
     # What it saw is the arm real at 4: no run of its own.
-    assert run.uppers(config, sets) == {}
-    assert run.same_as_real(config, sets) == {"small": 4}
-    assert run.guard(sets, config, False).saw["small"]["in_subset"] == {"4": 4}
+    assert plan.uppers(config, sets) == {}
+    assert plan.same_as_real(config, sets) == {"small": 4}
+    assert guard.guard(sets, config, False).saw["small"]["in_subset"] == {"4": 4}
     assert [(k.arm, k.size) for k in planned(config, {})] == [
         ("real", 4), ("added", 4), ("real", 8),
     ]  # fmt: skip
     more = replace(config.generators["small"], saw=str(folder / "real"))
     config = replace(config, generators={"small": more})
     with pytest.raises(DatasetError, match="8 of the 12 pictures it saw are not in it"):
-        run.guard(Sets.read(config), config, False)
+        guard.guard(Sets.read(config), config, False)
 
 
 @pytest.mark.parametrize(
@@ -356,9 +356,9 @@ def test_small_comparisons_are_whole_first(folder: Path, tmp_path: Path) -> None
 
 def test_the_threshold_makes_balanced_accuracy_largest() -> None:
     p = np.array([0.1, 0.2, 0.3, 0.6, 0.7])
-    assert trial.threshold(p, np.array([0, 0, 0, 1, 1])) == pytest.approx(0.45)
-    assert trial.threshold(p, np.array([0, 0, 1, 0, 1])) == pytest.approx(0.25)
-    assert trial.threshold(np.full(4, 0.5), np.array([0, 0, 1, 1])) == 0.5
+    assert raw.threshold(p, np.array([0, 0, 0, 1, 1])) == pytest.approx(0.45)
+    assert raw.threshold(p, np.array([0, 0, 1, 0, 1])) == pytest.approx(0.25)
+    assert raw.threshold(np.full(4, 0.5), np.array([0, 0, 1, 1])) == 0.5
 
 
 def test_a_gain_is_said_only_of_what_is_printed_above_zero() -> None:

@@ -12,11 +12,11 @@ from PIL import Image
 from dermaflux import files
 from dermaflux.errors import DatasetError
 from training import paper
-from training.experiment import journal, report, tables, trial
+from training.experiment import journal, raw, report, tables
 from training.experiment.key import Key
+from training.experiment.raw import Scores
 from training.experiment.results import Results, View
 from training.experiment.run import ABOUT
-from training.experiment.trial import Scores
 
 N = 40
 RECIPE = {
@@ -206,4 +206,4 @@ def test_the_papers_grid_is_the_figures() -> None:
     best = max(max(row) for row in paper.ACCURACY["ViT"].values())
     assert best == paper.ACCURACY["ViT"][2500][paper.RATIOS.index(1.75)] == 0.7783
     assert list(paper.ROC)[0] == "DermaFlux-ViT"
-    assert trial.VAL == "val"
+    assert raw.VAL == "val"

@@ -80,7 +80,7 @@ def work(settings: Settings) -> int:
 
 
 def _listed(config: Config, out: Path, only: Only, processes: int) -> dict[str, Any]:
-    from training.experiment.run import plan
+    from training.experiment.plan import plan
     from training.experiment.sets import Sets
 
     asked = plan(config, Sets.read(config), out, only)

@@ -24,12 +24,12 @@ import numpy as np
 
 from dermaflux.errors import DatasetError
 from training import bootstrap, metrics
-from training.experiment import trial
+from training.experiment import raw
 from training.experiment.config import ADDED, ARMS, REAL
 from training.experiment.journal import Line, lines
 from training.experiment.key import Key
+from training.experiment.raw import VAL, Scores
 from training.experiment.run import ABOUT
-from training.experiment.trial import VAL, Scores
 from training.figures import Floats
 
 HISTOLOGY: Final = "histo"
@@ -140,7 +140,7 @@ class Results:
         """Each figure of a cell, one value a seed [S]."""
         for key in self._keys(cell):
             if (key, view) not in self._figures:
-                found = trial.measured(self._of(key, view), self._calibration(key))
+                found = raw.measured(self._of(key, view), self._calibration(key))
                 self._figures[key, view] = found
         runs = [self._figures[key, view] for key in self._keys(cell)]
         return {name: np.array([one[name] for one in runs]) for name in MEASURES}
@@ -205,7 +205,7 @@ class Results:
 
     def _calibration(self, key: Key) -> dict[str, float]:
         scores = self.scores[key]
-        return trial.calibrated(scores.where(scores.part == VAL))
+        return raw.calibrated(scores.where(scores.part == VAL))
 
     def _of(self, key: Key, view: View) -> Scores:
         """A run's scores of a view's pictures, in the same order for every run."""

@@ -5,20 +5,14 @@
     0.7931
 
 The raw scores go to `scores/` as a `.npz` of their own, so that every figure can be made again.
-
-Conventions. `accuracy` is that of the more probable class, as the paper's must be. `threshold` is
-the one that makes validation's balanced accuracy largest (of equal ones the middle), and
-`balanced_accuracy`, `sensitivity` and `specificity` are at it. `brier` and `calibration_error` are
-of probabilities after Platt's scaling on validation.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,21 +21,17 @@ from numpy.typing import NDArray
 
 from dermaflux import files
 from dermaflux.prompt import LABELS
-from training import metrics
-from training.data import DatasetError, Sample
+from training.data import Sample
 from training.experiment.config import Config, changed
 from training.experiment.key import Key
+from training.experiment.raw import VAL, Scores, calibrated, difference, measured, rounded
 from training.experiment.sets import Sets, chosen
 from training.figures import Floats, Pixels
-from training.raw_scores import probabilities
 
 if TYPE_CHECKING:
     from training.pictures import Pictures
 
 SCORES: Final = "scores"
-VAL: Final = "val"
-
-Texts = NDArray[np.str_]
 
 
 class Album:
@@ -61,50 +51,6 @@ class Album:
             images = self.pictures.images(samples, size)
             self._controls[test, size] = border_only(images), *lesion_masked(images, list(samples))
         return self._controls[test, size]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Raw scores of a run, a row a picture [N].
-
-    `part` is "val" or the test's name; `logits` [N, 2]; `border` and `masked` the malignant less
-    the benign logit of the controls, NaN where there is none.
-    """
-
-    part: Texts
-    picture: Texts
-    group: Texts
-    confirmed: Texts
-    label: NDArray[np.int64]
-    logits: Floats
-    border: Floats
-    masked: Floats
-
-    def where(self, rows: NDArray[Any]) -> Scores:
-        """The rows that are true [N], or of these numbers."""
-        return Scores(**{one.name: getattr(self, one.name)[rows] for one in fields(self)})
-
-    def bytes(self) -> bytes:
-        """As the file has it; equal scores make equal bytes."""
-        stream = io.BytesIO()
-        np.savez_compressed(stream, **{one.name: getattr(self, one.name) for one in fields(self)})
-        return stream.getvalue()
-
-    @classmethod
-    def read(cls, file: Path) -> Scores:
-        """What `bytes` gave.
-
-        Raises:
-            DatasetError: it is no such file.
-        """
-        try:
-            with np.load(file, allow_pickle=False) as saved:
-                return cls(**{one.name: saved[one.name] for one in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise DatasetError(
-                f"{file} holds no scores ({error}); delete its line in runs.jsonl, and the run is "
-                "made again"
-            ) from error
 
 
 def run(
@@ -188,8 +134,8 @@ def _scored(
     border = masked = np.full(len(samples), np.nan)
     if part != VAL:
         rim, painted, done = album.controls(part, samples, size)
-        border = _difference(logits_of(rim))
-        masked = np.where(done, _difference(logits_of(painted)), np.nan)
+        border = difference(logits_of(rim))
+        masked = np.where(done, difference(logits_of(painted)), np.nan)
     return Scores(
         part=np.full(len(samples), part),
         picture=np.array([sets.names[s.file] for s in samples], np.str_),
@@ -198,65 +144,3 @@ def _scored(
         label=np.array([LABELS.index(str(s.lesion.label)) for s in samples], np.int64),
         logits=logits_of(images), border=border, masked=masked,
     )  # fmt: skip
-
-
-def calibrated(val: Scores) -> dict[str, float]:
-    """Temperature, shift and threshold from validation's raw scores.
-
-    The threshold is of the calibrated probability.
-
-    Raises:
-        DatasetError: a score is no number: the training diverged.
-    """
-    from training.scores import platt
-
-    scale, shift = platt(val.logits, val.label)
-    p = _probability(val.logits, scale, shift)
-    return {"temperature": scale, "shift": shift, "threshold": threshold(p, val.label)}
-
-
-def threshold(p: Floats, labels: NDArray[np.int64]) -> float:
-    """The threshold of the largest balanced accuracy, halfway to the next lower score.
-
-    Of several equally good ones the middle; where all scores are one, that score.
-    """
-    levels = np.unique(p)
-    if len(levels) < 2:
-        return float(levels[0])
-    cuts = (levels[1:] + levels[:-1]) / 2
-    found = np.array([metrics.balanced_accuracy(p >= cut, labels)[0] for cut in cuts])
-    best = np.flatnonzero(found == found.max())
-    return float(cuts[best[len(best) // 2]])
-
-
-def measured(scores: Scores, calibration: Mapping[str, float]) -> dict[str, float]:
-    """Every figure of one test; see the module's conventions."""
-    p = _probability(scores.logits, calibration["temperature"], calibration["shift"])
-    difference, labels = _difference(scores.logits), scores.label
-    called = p >= calibration["threshold"]
-    found = {
-        "auc": metrics.auc(difference, labels),
-        "pauc": metrics.pauc(difference, labels),
-        "sensitivity_at_95_specificity": metrics.sensitivity_at_95_specificity(difference, labels),
-        "accuracy": metrics.accuracy(difference > 0, labels),
-        "balanced_accuracy": metrics.balanced_accuracy(called, labels),
-        "sensitivity": metrics.sensitivity(called, labels),
-        "specificity": metrics.specificity(called, labels),
-        "brier": metrics.brier(p, labels),
-        "calibration_error": metrics.calibration_error(p, labels),
-    }
-    return {name: float(value[0]) for name, value in found.items()}
-
-
-def rounded(found: Mapping[str, float]) -> dict[str, float | None]:
-    """For JSON: six digits after the point, and nothing instead of NaN."""
-    return {name: round(v, 6) if np.isfinite(v) else None for name, v in found.items()}
-
-
-def _probability(logits: Floats, scale: float, shift: float) -> Floats:
-    moved = logits + np.array([0.0, shift])
-    return probabilities(moved, scale)
-
-
-def _difference(logits: Floats) -> Floats:
-    return np.asarray(logits[:, 1] - logits[:, 0])

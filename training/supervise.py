@@ -83,7 +83,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Shown:
-    """The training pictures in memory: uint8 [N, 3, S, S], and what is known of them."""
+    """The training pictures in memory: uint8 [N, S, S, 3], and what is known of them."""
 
     images: Tensor
     targets: Targets
@@ -94,7 +94,7 @@ class _Shown:
         images = torch.from_numpy(pictures.images(samples, recipe.kept))
         targets = Targets.of(samples, recipe.kept, pictures)
         weights = draws.class_weights(samples, recipe.class_weights)
-        return cls(images.permute(0, 3, 1, 2).contiguous(), targets, weights)
+        return cls(images, targets, weights)
 
 
 class _Run:
@@ -221,7 +221,7 @@ class _Run:
         box: tuple[int, int, int, int] | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         recipe, device = self.recipe, self.ranks.device
-        images = shown.images[batch.pictures].to(device)
+        images = shown.images[batch.pictures].to(device).permute(0, 3, 1, 2)
         masks = shown.targets.mask[batch.pictures].to(device)
         pixels, masks = augment(images, masks, seen.part(place, device), recipe.size)
         pixels, masks = (draws.blended(one, batch.share, box) for one in (pixels, masks))

@@ -264,6 +264,10 @@ def test_what_cannot_be_trained_is_a_sentence(
         classifier.build(replace(RECIPE, architecture="vit_tinny_patch16_224"))
     with pytest.raises(RecipeError, match="cannot be run on 32 x 32 pixels"):
         heads.Supervised(replace(RECIPE, model_args={}))
+    with pytest.raises(RecipeError, match="does not end in one linear layer"):
+        heads.Supervised(
+            replace(RECIPE, architecture="deit_tiny_distilled_patch16_224", model_args=SMALL)
+        )
     with pytest.raises(RecipeError, match="give a lower --rate"):
         supervise.fit(train, replace(RECIPE, rate=1e9, steps=20), pictures=cache)
 

@@ -15,13 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dermaflux.errors import BundleError
 from dermaflux.flow import Floats
+
+LARGEST: Final = 6.0
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,7 @@ class Density:
 
     def score_all(self, vectors: Floats) -> NDArray[np.float64]:
         """The same for [N, D] -> [N]."""
-        standard = (self.normal(vectors) - self.mean) / self.deviation
-        places = standard @ self.axes.T.astype(np.float64) - self.origin
+        places = self.standard(vectors) @ self.axes.T.astype(np.float64) - self.origin
         size = places.shape[1]
         logs = []
         for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True):
@@ -82,6 +83,10 @@ class Density:
             constant = float(weight) + volume - 0.5 * size * math.log(2 * math.pi)
             logs.append(constant - 0.5 * (away**2).sum(1))
         return np.asarray(np.logaddexp.reduce(logs, axis=0), np.float64)
+
+    def standard(self, vectors: Floats) -> NDArray[np.float64]:
+        """Normal scores with mean 0 and deviation 1 over what the density was fitted to."""
+        return np.asarray((self.normal(vectors) - self.mean) / self.deviation, np.float64)
 
     def normal(self, vectors: Floats) -> NDArray[np.float64]:
         """Each number by its own quantiles as a normal one; beyond them it goes on in a line."""
@@ -93,3 +98,30 @@ class Density:
             found[:, column] = np.interp(values, knots, self.scores)
             found[:, column] += beyond / float(self.spread[column])
         return found
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A logistic model in a density's standard scores: `weights` [D], `bias` [1], float32."""
+
+    weights: Floats
+    bias: Floats
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]], width: int) -> Contrast:
+        """Raises:
+        BundleError: an array is missing, of another type or shape, or not finite.
+        """
+        for name, shape in (("weights", (width,)), ("bias", (1,))):
+            array = arrays.get(name)
+            if array is None or array.shape != shape or array.dtype != np.float32:
+                raise BundleError(f"the statistics need {name} as float32 of shape {shape}")
+            if not np.isfinite(array).all():
+                raise BundleError(f"{name} of the statistics needs finite float32 numbers")
+        return cls(arrays["weights"], arrays["bias"])
+
+    def score_all(self, density: Density, vectors: Floats) -> NDArray[np.float64]:
+        """Logarithms of the odds, [N, D] -> [N]. Scores beyond 6 deviations count as 6: one number
+        far out must not outweigh all others."""
+        standard = density.standard(vectors).clip(-LARGEST, LARGEST)
+        return np.asarray(standard @ self.weights.astype(np.float64) + float(self.bias[0]))

@@ -25,17 +25,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dermaflux.appearance import Quality, describe, measure, square
-from dermaflux.density import Density
+from dermaflux.density import Contrast, Density
 from dermaflux.errors import BundleError
 from dermaflux.flow import Floats
 from dermaflux.manifest import IntakeSpec
 
 Code = Literal[
     "too_small", "too_dark", "too_bright", "no_contrast", "blurred", "noisy", "unlike_training",
-    "unlike_features",
+    "other_texture", "unlike_features",
 ]  # fmt: skip
 APPEARANCE: Final = "appearance"
 FEATURES: Final = "features"
+TEXTURES: Final = "textures"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Intake:
     spec: IntakeSpec
     appearance: Density
     features: Density
+    textures: Contrast
 
     @classmethod
     def open(cls, spec: IntakeSpec, folder: str | os.PathLike[str]) -> Intake:
@@ -67,7 +69,13 @@ class Intake:
                 content = {name: arrays[name] for name in arrays.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise BundleError(f"the statistics {file} cannot be read: {error}") from error
-        return cls(spec, *(Density.of(_part(content, name)) for name in (APPEARANCE, FEATURES)))
+        appearance = Density.of(_part(content, APPEARANCE))
+        return cls(
+            spec,
+            appearance,
+            Density.of(_part(content, FEATURES)),
+            Contrast.of(_part(content, TEXTURES), len(appearance.mean)),
+        )
 
     def reasons(self, picture: Image.Image, features: Floats) -> tuple[Reason, ...]:
         """Why an RGB picture with the classifier's features [F] is not to be judged; empty where it
@@ -78,8 +86,9 @@ class Intake:
         """
         return tuple(self._found(picture, features))
 
-    def scores(self, picture: Image.Image, features: Floats) -> tuple[Quality, float, float]:
-        """The quality, and how usual appearance and features are (logarithms of densities)."""
+    def scores(self, picture: Image.Image, features: Floats) -> tuple[Quality, float, float, float]:
+        """The quality; how usual appearance and features are (logarithms of densities); and the
+        logarithm of the odds that it is a lesion rather than a texture of something else."""
         pixels = square(picture)
         look = describe(pixels)
         both = np.concatenate([look, features.astype(np.float32)])
@@ -88,10 +97,12 @@ class Intake:
                 f"the statistics {self.spec.file} are of {self.features.mean.shape[0]} numbers, "
                 f"the classifier gives {both.shape[0]}; fit them with: python -m training.intake"
             )
-        return measure(pixels), self.appearance.score(look), self.features.score(both)
+        odds = self.textures.score_all(self.appearance, look[None])[0]
+        usual = self.appearance.score(look), self.features.score(both)
+        return measure(pixels), *usual, float(odds)
 
     def _found(self, picture: Image.Image, features: Floats) -> Iterator[Reason]:
-        quality, look, both = self.scores(picture, features)
+        quality, look, both, odds = self.scores(picture, features)
         small = min(picture.size)
         if small < self.spec.min_side:
             yield Reason(
@@ -105,6 +116,12 @@ class Intake:
                 "unlike_training",
                 "The picture does not look like the dermoscopic pictures of lesions that the "
                 f"classifier learnt from: {look:.1f}, at least {self.spec.appearance:.1f} needed.",
+            )
+        if odds < self.spec.textures:
+            yield Reason(
+                "other_texture",
+                "The picture has the texture of something else than skin: "
+                f"{odds:.1f}, at least {self.spec.textures:.1f} needed.",
             )
         if both < self.spec.features:
             yield Reason(
@@ -149,12 +166,14 @@ def faults(quality: Quality, spec: IntakeSpec) -> Iterator[Reason]:
         )
 
 
-def arrays_of(appearance: Density, features: Density) -> dict[str, NDArray[Any]]:
+def arrays_of(
+    appearance: Density, features: Density, textures: Contrast
+) -> dict[str, NDArray[Any]]:
     """The content of the file of statistics, for `numpy.savez`."""
     return {
         f"{name}.{key}": value
-        for name, density in ((APPEARANCE, appearance), (FEATURES, features))
-        for key, value in vars(density).items()
+        for name, held in ((APPEARANCE, appearance), (FEATURES, features), (TEXTURES, textures))
+        for key, value in vars(held).items()
     }
 
 

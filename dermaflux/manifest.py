@@ -113,8 +113,8 @@ class IntakeSpec:
     """Which pictures the classifier judges; see `dermaflux.intake`.
 
     `file` holds the statistics, relative to the bundle's (or the checkpoint's) folder; `min_side`
-    is in pixels; the next six are limits of `dermaflux.appearance.Quality`, the last two the least
-    logarithms of densities.
+    is in pixels; the next six are limits of `dermaflux.appearance.Quality`, the last three the
+    least logarithms of two densities and of the odds against other textures.
     """
 
     file: str
@@ -127,6 +127,7 @@ class IntakeSpec:
     grain: float
     appearance: float
     features: float
+    textures: float
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dermaflux.appearance import LENGTH
-from dermaflux.density import Density
+from dermaflux.density import Contrast, Density
 from dermaflux.intake import Intake
 from dermaflux.manifest import IntakeSpec
 
@@ -31,15 +31,21 @@ def one_gaussian(width: int) -> Density:
     )
 
 
+def even(width: int) -> Contrast:
+    """Even odds for everything."""
+    return Contrast(np.zeros(width, np.float32), np.zeros(1, np.float32))
+
+
 def limits(**given: Any) -> dict[str, Any]:
     """Limits that refuse nothing, but for those given."""
     return {
         "min_side": 1, "light": -1.0, "shade": 256.0, "clipped": 1.0, "contrast": -1.0,
-        "sharpness": -99.0, "grain": 99.0, "appearance": -1e9, "features": -1e9, **given,
+        "sharpness": -99.0, "grain": 99.0, "appearance": -1e9, "features": -1e9,
+        "textures": -1e9, **given,
     }  # fmt: skip
 
 
 def lenient(features: int, /, **given: Any) -> Intake:
     """For a classifier of that many features."""
     spec = IntakeSpec(file="classifier/intake.npz", **limits(**given))
-    return Intake(spec, one_gaussian(LENGTH), one_gaussian(LENGTH + features))
+    return Intake(spec, one_gaussian(LENGTH), one_gaussian(LENGTH + features), even(LENGTH))

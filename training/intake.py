@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dermaflux import files
+from dermaflux.appearance import describe, square
 from dermaflux.bundle import sha256
 from dermaflux.checkpoint import INTAKE, STATISTICS, classifier_spec
 from dermaflux.command import ended
@@ -37,9 +38,20 @@ from dermaflux.intake import arrays_of
 from dermaflux.manifest import ClassifierSpec, IntakeSpec
 from dermaflux.thumbnails import UNREADABLE, why
 from training import data
-from training.intake_fit import Seen, balance, fitted, limits, look, lowest, rate, verdicts
+from training.intake_fit import (
+    Seen,
+    balance,
+    contrasted,
+    fitted,
+    limits,
+    look,
+    lowest,
+    rate,
+    verdicts,
+)
 from training.outliers import KINDS
 from training.preparation import prepared
+from training.textures import texture
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +63,13 @@ class Recipe:
     quality: float = 0.01  # shares of validation pictures refused, sources counted equally
     appearance: float = 0.01
     features: float = 0.01
-    axes: int = 40
+    textures: float = 0.015
+    axes: int = 25
     components: int = 12
     darkest: float = 64.0  # grey value: the limit of `light` is never above it
-    outliers: int = 200  # test pictures that each kind of outlier is made of
+    drawn: int = 1500  # textures that lesions are told from
+    strength: float = 0.3  # of that model, see `training.intake_fit.contrasted`
+    outliers: int = 100  # test pictures that each kind of outlier is made of
     seed: int = 0
 
 
@@ -88,6 +103,12 @@ def run(
     shown = (recipe.axes, recipe.components, recipe.seed)
     appearance, features = fitted(train.looks, *shown), fitted(train.both, *shown)
 
+    drawn = np.stack([
+        describe(square(texture(np.random.default_rng([recipe.seed, number]))))
+        for number in tqdm(range(recipe.drawn), "textures")
+    ])  # fmt: skip
+    textures = contrasted(appearance, train.looks, drawn, recipe.strength)
+
     known = _joined(val.plain, val.prepared)
     weights = balance([s.source for s in val.samples] * 2)
     gate = IntakeSpec(
@@ -96,10 +117,13 @@ def run(
         **limits(known, weights, recipe.quality, recipe.darkest),
         appearance=_down(lowest(appearance.score_all(known.looks), weights, recipe.appearance)),
         features=_down(lowest(features.score_all(known.both), weights, recipe.features)),
+        textures=_down(
+            lowest(textures.score_all(appearance, known.looks), weights, recipe.textures)
+        ),
     )
 
     def refused(of: Seen) -> dict[str, NDArray[np.bool_]]:
-        return dict(verdicts(of, gate, appearance, features)) if len(of) else {}
+        return dict(verdicts(of, gate, appearance, features, textures)) if len(of) else {}
 
     document: dict[str, Any] = {
         "weights": sha256(classifier / "model.safetensors"),
@@ -124,7 +148,7 @@ def run(
             "group": "content", "about": f"pictures of {own.name}", **_by_reason(refused(of)),
         }  # fmt: skip
     stream = io.BytesIO()
-    np.savez_compressed(stream, allow_pickle=False, **arrays_of(appearance, features))
+    np.savez_compressed(stream, allow_pickle=False, **arrays_of(appearance, features, textures))
     report = classifier / Path(INTAKE).name
     report.unlink(missing_ok=True)
     files.write(classifier / Path(STATISTICS).name, stream.getvalue())
@@ -253,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("classifier", type=Path, help="a checkpoint's classifier/")
     parser.add_argument("--data", type=Path, action="append", required=True, help="repeatable")
     parser.add_argument("--outliers", type=Path, help="folder of pictures that are no lesions")
-    for name in ("quality", "appearance", "features"):
+    for name in ("quality", "appearance", "features", "textures"):
         parser.add_argument(
             f"--{name}", type=data.positive, default=getattr(Recipe, name),
             help="share of validation pictures refused by it; default: %(default)s",
@@ -265,6 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     recipe = Recipe(
         quality=options.quality, appearance=options.appearance, features=options.features,
+        textures=options.textures,
         axes=options.axes, components=options.components, seed=options.seed,
     )  # fmt: skip
 

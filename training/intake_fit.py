@@ -17,11 +17,12 @@ from PIL import Image
 from scipy.special import ndtri
 from scipy.stats import beta
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture
 
 from dermaflux.appearance import LENGTH, Quality, describe, measure, square
 from dermaflux.classifier import preprocess
-from dermaflux.density import Density
+from dermaflux.density import LARGEST, Contrast, Density
 from dermaflux.engines import Engine
 from dermaflux.flow import Floats
 from dermaflux.manifest import ClassifierSpec, IntakeSpec
@@ -119,6 +120,16 @@ def fitted(vectors: Floats, axes: int, components: int, seed: int) -> Density:
     )
 
 
+def contrasted(density: Density, known: Floats, other: Floats, strength: float) -> Contrast:
+    """A logistic model that tells [N, D] from [M, D], both counting equally; the larger `strength`
+    (scikit-learn's C), the less its weights are held small."""
+    vectors = density.standard(np.concatenate([known, other])).clip(-LARGEST, LARGEST)
+    labels = np.arange(len(vectors)) < len(known)
+    model = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced")
+    model.fit(vectors, labels)
+    return Contrast(_single(model.coef_[0]), _single(model.intercept_))
+
+
 _LATER: Final = tuple(
     f.name for f in fields(Density) if f.name not in ("scores", "knots", "spread")
 )
@@ -167,7 +178,7 @@ _LEAST: Final = ("light", "contrast", "sharpness")
 
 
 def verdicts(
-    seen: Seen, spec: IntakeSpec, appearance: Density, features: Density
+    seen: Seen, spec: IntakeSpec, appearance: Density, features: Density, textures: Contrast
 ) -> Mapping[str, NDArray[np.bool_]]:
     """Which of N pictures each rule refuses, by the code of its reason."""
     quality = dict(zip((f.name for f in fields(Quality)), seen.qualities.T, strict=True))
@@ -179,6 +190,7 @@ def verdicts(
         "blurred": quality["sharpness"] < spec.sharpness,
         "noisy": quality["grain"] > spec.grain,
         "unlike_training": appearance.score_all(seen.looks) < spec.appearance,
+        "other_texture": textures.score_all(appearance, seen.looks) < spec.textures,
         "unlike_features": features.score_all(seen.both) < spec.features,
     }
 

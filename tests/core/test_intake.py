@@ -35,7 +35,7 @@ def lesion(side: int = 256) -> Image.Image:
 def saved(folder: Path, intake: Intake) -> Path:
     (folder / "classifier").mkdir(exist_ok=True)
     file = folder / intake.spec.file
-    np.savez(file, **arrays_of(intake.appearance, intake.features))
+    np.savez(file, **arrays_of(intake.appearance, intake.features, intake.textures))
     return file
 
 
@@ -117,6 +117,7 @@ def test_statistics_of_another_form_are_refused(change, words):
         ({"grain": -9.0}, "noisy"),
         ({"appearance": 0.0}, "unlike_training"),
         ({"features": 0.0}, "unlike_features"),
+        ({"textures": 0.1}, "other_texture"),
     ],
 )
 def test_every_limit_has_its_reason(given, code):

@@ -381,11 +381,14 @@ def test_a_gain_is_said_only_of_what_is_printed_above_zero() -> None:
 
 def test_sums_of_comparisons_count_both_ways() -> None:
     rows = [(0.1, 0.2), (0.1, 0.3), (-0.1, 0.1), (-0.3, -0.2)]
-    found = [{"value": 0.0, "interval": list(row)} for row in rows]
+    found = [{"value": 0.0, "interval": list(row), "seeds": 5} for row in rows]
     said = sentences.summed(found, "AUC")
     assert "Of 4 comparisons" in said
     assert "2 show a gain in AUC and 1 a loss" in said
     assert "about 0.1 of each" in said
+    few = [one | {"seeds": 2} for one in found]
+    assert sentences.summed(few, "AUC").startswith("No comparison of AUC has an interval over 3")
+    assert sentences.summed([*few, *found], "AUC") == said
 
 
 def test_doing_names_the_generator_and_ratio() -> None:

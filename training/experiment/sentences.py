@@ -73,12 +73,13 @@ def changed(what: str, size: int, measure: str, found: Mapping[str, Any]) -> str
 
 def summed(found: Sequence[Mapping[str, Any]], measure: str) -> str:
     """How many comparisons show what, beside how many would by chance alone."""
-    known = [outward(one["interval"]) for one in found if one["interval"] is not None]
+    enough = [one for one in found if one["seeds"] >= FEW]
+    known = [outward(one["interval"]) for one in enough if one["interval"] is not None]
     up = sum(low > 0 for low, _ in known)
     down = sum(high < 0 for _, high in known)
     chance = 0.025 * len(known)
     if not known:
-        return f"No comparison of {measure} has an interval."
+        return f"No comparison of {measure} has an interval over {FEW} seeds or more."
     plural = "s" * (len(known) > 1)
     return (
         f"Of {len(known)} comparison{plural} of added synthetic pictures with real ones alone, "

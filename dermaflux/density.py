@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from dermaflux.errors import BundleError
 from dermaflux.flow import Floats
 
-LARGEST: Final = 6.0
+LARGEST: Final = 8.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Density:
 
     def score_all(self, vectors: Floats) -> NDArray[np.float64]:
         """The same for [N, D] -> [N]."""
-        places = self.standard(vectors) @ self.axes.T.astype(np.float64) - self.origin
+        places = self.places(vectors)
         size = places.shape[1]
         logs = []
         for weight, mean, factor in zip(self.weights, self.means, self.factors, strict=True):
@@ -85,8 +85,14 @@ class Density:
         return np.asarray(np.logaddexp.reduce(logs, axis=0), np.float64)
 
     def standard(self, vectors: Floats) -> NDArray[np.float64]:
-        """Normal scores with mean 0 and deviation 1 over what the density was fitted to."""
-        return np.asarray((self.normal(vectors) - self.mean) / self.deviation, np.float64)
+        """Normal scores with mean 0 and deviation 1 over what the density was fitted to. Beyond
+        `LARGEST` they count as that: one number far out must not outweigh all others."""
+        standard = (self.normal(vectors) - self.mean) / self.deviation
+        return np.asarray(standard.clip(-LARGEST, LARGEST), np.float64)
+
+    def places(self, vectors: Floats) -> NDArray[np.float64]:
+        """Where vectors lie on the axes, [N, D] -> [N, K]."""
+        return np.asarray(self.standard(vectors) @ self.axes.T.astype(np.float64) - self.origin)
 
     def normal(self, vectors: Floats) -> NDArray[np.float64]:
         """Each number by its own quantiles as a normal one; beyond them it goes on in a line."""
@@ -98,30 +104,3 @@ class Density:
             found[:, column] = np.interp(values, knots, self.scores)
             found[:, column] += beyond / float(self.spread[column])
         return found
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A logistic model in a density's standard scores: `weights` [D], `bias` [1], float32."""
-
-    weights: Floats
-    bias: Floats
-
-    @classmethod
-    def of(cls, arrays: Mapping[str, NDArray[Any]], width: int) -> Contrast:
-        """Raises:
-        BundleError: an array is missing, of another type or shape, or not finite.
-        """
-        for name, shape in (("weights", (width,)), ("bias", (1,))):
-            array = arrays.get(name)
-            if array is None or array.shape != shape or array.dtype != np.float32:
-                raise BundleError(f"the statistics need {name} as float32 of shape {shape}")
-            if not np.isfinite(array).all():
-                raise BundleError(f"{name} of the statistics needs finite float32 numbers")
-        return cls(arrays["weights"], arrays["bias"])
-
-    def score_all(self, density: Density, vectors: Floats) -> NDArray[np.float64]:
-        """Logarithms of the odds, [N, D] -> [N]. Scores beyond 6 deviations count as 6: one number
-        far out must not outweigh all others."""
-        standard = density.standard(vectors).clip(-LARGEST, LARGEST)
-        return np.asarray(standard @ self.weights.astype(np.float64) + float(self.bias[0]))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dermaflux.appearance import Quality, describe, measure, square
-from dermaflux.density import Contrast, Density
+from dermaflux.density import Density
 from dermaflux.errors import BundleError
 from dermaflux.flow import Floats
 from dermaflux.manifest import IntakeSpec
@@ -36,7 +36,9 @@ Code = Literal[
 ]  # fmt: skip
 APPEARANCE: Final = "appearance"
 FEATURES: Final = "features"
+LESIONS: Final = "lesions"
 TEXTURES: Final = "textures"
+PARTS: Final = (APPEARANCE, FEATURES, LESIONS, TEXTURES)
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,15 @@ class Reason:
 
 @dataclass(frozen=True)
 class Intake:
-    """The gate with its limits and statistics."""
+    """The gate with its limits and statistics: densities of descriptions (`dermaflux.appearance`),
+    of these with the classifier's features, and two of descriptions in the same axes, of lesions
+    and of textures of other things, of which the ratio counts."""
 
     spec: IntakeSpec
     appearance: Density
     features: Density
-    textures: Contrast
+    lesions: Density
+    textures: Density
 
     @classmethod
     def open(cls, spec: IntakeSpec, folder: str | os.PathLike[str]) -> Intake:
@@ -69,13 +74,7 @@ class Intake:
                 content = {name: arrays[name] for name in arrays.files}
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise BundleError(f"the statistics {file} cannot be read: {error}") from error
-        appearance = Density.of(_part(content, APPEARANCE))
-        return cls(
-            spec,
-            appearance,
-            Density.of(_part(content, FEATURES)),
-            Contrast.of(_part(content, TEXTURES), len(appearance.mean)),
-        )
+        return cls(spec, *(Density.of(_part(content, name)) for name in PARTS))
 
     def reasons(self, picture: Image.Image, features: Floats) -> tuple[Reason, ...]:
         """Why an RGB picture with the classifier's features [F] is not to be judged; empty where it
@@ -97,9 +96,9 @@ class Intake:
                 f"the statistics {self.spec.file} are of {self.features.mean.shape[0]} numbers, "
                 f"the classifier gives {both.shape[0]}; fit them with: python -m training.intake"
             )
-        odds = self.textures.score_all(self.appearance, look[None])[0]
+        odds = self.lesions.score(look) - self.textures.score(look)
         usual = self.appearance.score(look), self.features.score(both)
-        return measure(pixels), *usual, float(odds)
+        return measure(pixels), *usual, odds
 
     def _found(self, picture: Image.Image, features: Floats) -> Iterator[Reason]:
         quality, look, both, odds = self.scores(picture, features)
@@ -166,14 +165,12 @@ def faults(quality: Quality, spec: IntakeSpec) -> Iterator[Reason]:
         )
 
 
-def arrays_of(
-    appearance: Density, features: Density, textures: Contrast
-) -> dict[str, NDArray[Any]]:
-    """The content of the file of statistics, for `numpy.savez`."""
+def arrays_of(densities: Sequence[Density]) -> dict[str, NDArray[Any]]:
+    """The content of the file of statistics, of densities in the order of `PARTS`."""
     return {
         f"{name}.{key}": value
-        for name, held in ((APPEARANCE, appearance), (FEATURES, features), (TEXTURES, textures))
-        for key, value in vars(held).items()
+        for name, density in zip(PARTS, densities, strict=True)
+        for key, value in vars(density).items()
     }
 
 

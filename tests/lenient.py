@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dermaflux.appearance import LENGTH
-from dermaflux.density import Contrast, Density
+from dermaflux.density import Density
 from dermaflux.intake import Intake
 from dermaflux.manifest import IntakeSpec
 
@@ -31,11 +31,6 @@ def one_gaussian(width: int) -> Density:
     )
 
 
-def even(width: int) -> Contrast:
-    """Even odds for everything."""
-    return Contrast(np.zeros(width, np.float32), np.zeros(1, np.float32))
-
-
 def limits(**given: Any) -> dict[str, Any]:
     """Limits that refuse nothing, but for those given."""
     return {
@@ -48,4 +43,5 @@ def limits(**given: Any) -> dict[str, Any]:
 def lenient(features: int, /, **given: Any) -> Intake:
     """For a classifier of that many features."""
     spec = IntakeSpec(file="classifier/intake.npz", **limits(**given))
-    return Intake(spec, one_gaussian(LENGTH), one_gaussian(LENGTH + features), even(LENGTH))
+    looks = one_gaussian(LENGTH)
+    return Intake(spec, looks, one_gaussian(LENGTH + features), looks, looks)

@@ -41,11 +41,12 @@ from training import data
 from training.intake_fit import (
     Seen,
     balance,
-    contrasted,
     fitted,
     limits,
     look,
     lowest,
+    mixed,
+    odds,
     rate,
     verdicts,
 )
@@ -68,7 +69,8 @@ class Recipe:
     components: int = 12
     darkest: float = 64.0  # grey value: the limit of `light` is never above it
     drawn: int = 1500  # textures that lesions are told from
-    strength: float = 0.3  # of that model, see `training.intake_fit.contrasted`
+    lesion_axes: int = 60
+    lesion_components: int = 12
     outliers: int = 100  # test pictures that each kind of outlier is made of
     seed: int = 0
 
@@ -107,7 +109,9 @@ def run(
         describe(square(texture(np.random.default_rng([recipe.seed, number]))))
         for number in tqdm(range(recipe.drawn), "textures")
     ])  # fmt: skip
-    textures = contrasted(appearance, train.looks, drawn, recipe.strength)
+    lesions = fitted(train.looks, recipe.lesion_axes, recipe.lesion_components, recipe.seed)
+    textures = mixed(lesions, drawn, recipe.lesion_components, recipe.seed)
+    densities = (appearance, features, lesions, textures)
 
     known = _joined(val.plain, val.prepared)
     weights = balance([s.source for s in val.samples] * 2)
@@ -117,13 +121,11 @@ def run(
         **limits(known, weights, recipe.quality, recipe.darkest),
         appearance=_down(lowest(appearance.score_all(known.looks), weights, recipe.appearance)),
         features=_down(lowest(features.score_all(known.both), weights, recipe.features)),
-        textures=_down(
-            lowest(textures.score_all(appearance, known.looks), weights, recipe.textures)
-        ),
+        textures=_down(lowest(odds(known, lesions, textures), weights, recipe.textures)),
     )
 
     def refused(of: Seen) -> dict[str, NDArray[np.bool_]]:
-        return dict(verdicts(of, gate, appearance, features, textures)) if len(of) else {}
+        return dict(verdicts(of, gate, densities)) if len(of) else {}
 
     document: dict[str, Any] = {
         "weights": sha256(classifier / "model.safetensors"),
@@ -148,7 +150,7 @@ def run(
             "group": "content", "about": f"pictures of {own.name}", **_by_reason(refused(of)),
         }  # fmt: skip
     stream = io.BytesIO()
-    np.savez_compressed(stream, allow_pickle=False, **arrays_of(appearance, features, textures))
+    np.savez_compressed(stream, allow_pickle=False, **arrays_of(densities))
     report = classifier / Path(INTAKE).name
     report.unlink(missing_ok=True)
     files.write(classifier / Path(STATISTICS).name, stream.getvalue())

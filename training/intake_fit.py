@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -17,12 +17,11 @@ from PIL import Image
 from scipy.special import ndtri
 from scipy.stats import beta
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture
 
 from dermaflux.appearance import LENGTH, Quality, describe, measure, square
 from dermaflux.classifier import preprocess
-from dermaflux.density import LARGEST, Contrast, Density
+from dermaflux.density import Density
 from dermaflux.engines import Engine
 from dermaflux.flow import Floats
 from dermaflux.manifest import ClassifierSpec, IntakeSpec
@@ -103,10 +102,7 @@ def fitted(vectors: Floats, axes: int, components: int, seed: int) -> Density:
     scale = 1 / np.sqrt(np.maximum(pca.explained_variance_, 1e-9))
     turned = pca.components_ * scale[:, None]
     origin = turned @ pca.mean_
-    mixture = GaussianMixture(
-        max(1, min(components, count // 10)), reg_covar=_RIDGE, random_state=seed, max_iter=60
-    ).fit(standard @ turned.T - origin)
-    return Density(
+    placed = Density(
         scores=blank.scores,
         knots=blank.knots,
         spread=blank.spread,
@@ -114,22 +110,28 @@ def fitted(vectors: Floats, axes: int, components: int, seed: int) -> Density:
         deviation=_single(deviation),
         axes=_single(turned),
         origin=_single(origin),
+        **{name: np.zeros(1, np.float32) for name in _MIXTURE},
+    )
+    return mixed(placed, vectors, components, seed)
+
+
+def mixed(density: Density, vectors: Floats, components: int, seed: int) -> Density:
+    """Another mixture in the axes of a density, fitted to [N, D]: their scores can be compared."""
+    mixture = GaussianMixture(
+        max(1, min(components, len(vectors) // 10)),
+        reg_covar=_RIDGE,
+        random_state=seed,
+        max_iter=60,
+    ).fit(density.places(vectors))
+    return replace(
+        density,
         weights=_single(np.log(mixture.weights_)),
         means=_single(mixture.means_),
         factors=_single(mixture.precisions_cholesky_),
     )
 
 
-def contrasted(density: Density, known: Floats, other: Floats, strength: float) -> Contrast:
-    """A logistic model that tells [N, D] from [M, D], both counting equally; the larger `strength`
-    (scikit-learn's C), the less its weights are held small."""
-    vectors = density.standard(np.concatenate([known, other])).clip(-LARGEST, LARGEST)
-    labels = np.arange(len(vectors)) < len(known)
-    model = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced")
-    model.fit(vectors, labels)
-    return Contrast(_single(model.coef_[0]), _single(model.intercept_))
-
-
+_MIXTURE: Final = ("weights", "means", "factors")
 _LATER: Final = tuple(
     f.name for f in fields(Density) if f.name not in ("scores", "knots", "spread")
 )
@@ -178,9 +180,11 @@ _LEAST: Final = ("light", "contrast", "sharpness")
 
 
 def verdicts(
-    seen: Seen, spec: IntakeSpec, appearance: Density, features: Density, textures: Contrast
+    seen: Seen, spec: IntakeSpec, densities: Sequence[Density]
 ) -> Mapping[str, NDArray[np.bool_]]:
-    """Which of N pictures each rule refuses, by the code of its reason."""
+    """Which of N pictures each rule refuses, by the code of its reason; densities in the order of
+    `dermaflux.intake.PARTS`."""
+    appearance, features, lesions, textures = densities
     quality = dict(zip((f.name for f in fields(Quality)), seen.qualities.T, strict=True))
     return {
         "too_small": seen.sides < spec.min_side,
@@ -190,9 +194,15 @@ def verdicts(
         "blurred": quality["sharpness"] < spec.sharpness,
         "noisy": quality["grain"] > spec.grain,
         "unlike_training": appearance.score_all(seen.looks) < spec.appearance,
-        "other_texture": textures.score_all(appearance, seen.looks) < spec.textures,
+        "other_texture": odds(seen, lesions, textures) < spec.textures,
         "unlike_features": features.score_all(seen.both) < spec.features,
     }
+
+
+def odds(seen: Seen, lesions: Density, textures: Density) -> NDArray[np.float64]:
+    """Logarithms of the odds that a picture is a lesion's and no texture, [N]. Source: Ren et al.,
+    Likelihood Ratios for Out-of-Distribution Detection (2019)."""
+    return lesions.score_all(seen.looks) - textures.score_all(seen.looks)
 
 
 def rate(refused: NDArray[np.bool_]) -> dict[str, Any]:

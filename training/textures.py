@@ -7,7 +7,7 @@ Dietterich, Deep Anomaly Detection with Outlier Exposure (2019); dead leaves: Le
 Huang, Occlusion Models for Natural Images (2001). No photograph is used in the fit.
 
     >>> texture(np.random.default_rng(0))
-    <PIL.Image.Image image mode=RGB size=128x128>
+    <PIL.Image.Image image mode=RGB size=224x224>
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-_SIDE: Final = 128
+_SIDE: Final = 224
+"""Pixels. More than is looked at (`dermaflux.appearance.SIDE`): shrunk, edges are as soft as a
+camera's; drawn at that size they are jagged, which no photograph is."""
 _SKIN: Final = ((120, 60, 30), (250, 200, 190))
 """Colours between these, and near to them, are those of skin, wood, fur and bread."""
 
@@ -78,7 +80,7 @@ def _leaves(random: Random) -> Field:
     picture = Image.new("RGB", (_SIDE, _SIDE))
     draw = ImageDraw.Draw(picture)
     for _ in range(int(random.integers(5, 120))):
-        size = min(_SIDE * 0.6, 3 + 5 * random.pareto(1.5))
+        size = min(_SIDE * 0.6, 6 + 8 * random.pareto(1.5))
         x, y = random.uniform(0, _SIDE, 2)
         tint = colours[random.integers(len(colours))] + random.normal(0, 10, 3)
         fill: Any = tuple(int(value) for value in tint.clip(0, 255))

@@ -19,7 +19,7 @@ from training.intake_fit import balance, fitted, limits, look, lowest, rate, ver
 from training.outliers import KINDS, photograph
 from training.preparation import prepared
 
-RECIPE = intake.Recipe(axes=3, components=1, drawn=20, outliers=1)
+RECIPE = intake.Recipe(axes=3, components=1, lesion_axes=3, drawn=20, outliers=1)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_measured_and_served_are_the_same_verdicts(made, dataset):
     pictures += [picture(), picture().resize((15, 15)), Image.new("RGB", (64, 64))]
     pictures += [photograph("skimage.data", "chelsea.png")]
     seen = look(pictures, spec, engine)
-    found = verdicts(seen, gate.spec, gate.appearance, gate.features, gate.textures)
+    found = verdicts(seen, gate.spec, (gate.appearance, gate.features, gate.lesions, gate.textures))
     for row, one in enumerate(pictures):
         told = [reason.code for reason in gate.reasons(one, seen.features[row])]
         assert told == [code for code, refused in found.items() if refused[row]]

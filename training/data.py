@@ -53,7 +53,9 @@ class Sample:
     """One picture of a dataset.
 
     `group` is the patient or lesion: a split never divides it. `confirmed` tells how the label is
-    known (`histo`, `follow_up`, ...; empty where the source does not say).
+    known (`histo`, `follow_up`, ...; empty where the source does not say). `name` is the file as
+    its dataset names it; age (in years), sex, site and skin type are as in `dermaflux.dataset`,
+    None where nobody says.
     """
 
     file: Path
@@ -65,6 +67,11 @@ class Sample:
     confirmed: str = ""
     mask: Path | None = None
     attribution: str = ""
+    name: str = ""
+    age: float | None = None
+    sex: str | None = None
+    site: str | None = None
+    skin_type: str | None = None
 
 
 def read(folder: Path, split: str | None = None) -> list[Sample]:
@@ -110,6 +117,11 @@ def _sample(folder: Path, record: Record) -> Sample:
         confirmed=record.confirmed,
         mask=folder / record.mask if record.mask else None,
         attribution=record.attribution,
+        name=record.file_name,
+        age=record.age,
+        sex=record.sex,
+        site=record.site,
+        skin_type=record.skin_type,
     )
 
 

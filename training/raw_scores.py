@@ -23,11 +23,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dermaflux import dataset, files
-from dermaflux.dataset import Record
+from dermaflux import files
 from dermaflux.errors import DatasetError
 from dermaflux.prompt import LABELS
-from training import data, measured
+from training import data
 from training.figures import Floats
 from training.roc import Labels
 
@@ -84,23 +83,21 @@ class RawScores:
         border_only: Floats | None = None, lesion_masked: Floats | None = None,
     ) -> RawScores:  # fmt: skip
         """The rows of `samples` with their `logits` [N, 2]; what is unknown stays so."""
-        found = particulars(samples)
         p = probabilities(logits, calibration["temperature"])
         unknown = np.full(len(samples), np.nan)
-        names = [r.file_name if r else s.file.name for r, s in zip(found, samples, strict=True)]
 
         def texts(name: str) -> Texts:
-            return np.array([getattr(one, name, None) or "" for one in found], np.str_)
+            return np.array([getattr(one, name) or "" for one in samples], np.str_)
 
         return cls(
-            file=np.array(names, np.str_),
-            group=np.array([s.group for s in samples], np.str_),
-            source=np.array([s.source for s in samples], np.str_),
-            confirmed=np.array([s.confirmed for s in samples], np.str_),
-            split=np.array([s.split for s in samples], np.str_),
+            file=np.array([s.name or s.file.name for s in samples], np.str_),
+            group=texts("group"),
+            source=texts("source"),
+            confirmed=texts("confirmed"),
+            split=texts("split"),
             label=np.array([LABELS.index(str(s.lesion.label)) for s in samples], np.int64),
             diagnosis=np.array([s.lesion.diagnosis or "" for s in samples], np.str_),
-            age=np.array([math.nan if not r or r.age is None else r.age for r in found], float),
+            age=np.array([math.nan if s.age is None else s.age for s in samples], float),
             sex=texts("sex"),
             site=texts("site"),
             skin_type=texts("skin_type"),
@@ -178,30 +175,6 @@ def decisions(probability: Floats, calibration: Mapping[str, Any]) -> Texts:
     labels = np.where(probability >= calibration["threshold"], LABELS[1], LABELS[0])
     unsure = (low <= probability) & (probability < high) | ~np.isfinite(probability)
     return np.where(unsure, "abstain", labels)
-
-
-def particulars(samples: Sequence[data.Sample]) -> list[Record | None]:
-    """Each sample's record in its dataset, which also knows age, sex, site and skin type.
-
-    The dataset is the nearest folder above the picture that has a metadata file; None where there
-    is none, or where it does not name the picture.
-    """
-    known: dict[Path, Path | None] = {}
-    tables: dict[Path, dict[Path, Record]] = {}
-    found: list[Record | None] = []
-    for sample in samples:
-        parent = sample.file.parent
-        if parent not in known:
-            known[parent] = next((f for f in (parent, *parent.parents) if _is_dataset(f)), None)
-        folder = known[parent]
-        if folder is not None and folder not in tables:
-            tables[folder] = {folder / one.file_name: one for one in data.records(folder)}
-        found.append(None if folder is None else tables[folder].get(sample.file))
-    return found
-
-
-def _is_dataset(folder: Path) -> bool:
-    return (folder / dataset.METADATA).is_file() or (folder / measured.METADATA).is_file()
 
 
 def _written(name: str, column: NDArray[Any]) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 from dermaflux.errors import DatasetError
 from training import data, evaluation, recount, scores, subgroups
 from training.figures import Floats, Pixels
-from training.raw_scores import RawScores, decisions, particulars, probabilities
+from training.raw_scores import RawScores, decisions, probabilities
 from training.recipe import Recipe
 
 DRAWS = 60
@@ -294,17 +294,16 @@ def test_a_model_that_diverged_is_not_calibrated() -> None:
         scores.calibrate(np.zeros((6, 2)), np.zeros(6, np.int64), 1.0, Recipe())
 
 
-def test_people_are_found_in_the_dataset_of_the_picture(tmp_path: Path) -> None:
+def test_people_are_known_as_the_dataset_names_them(tmp_path: Path) -> None:
     folder = tmp_path / "own"
     (folder / "images").mkdir(parents=True)
     row = {"file_name": "images/a.png", "label": "benign", "age": 51, "sex": "female",
            "site": "back", "skin_type": "V"}  # fmt: skip
     (folder / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     sample = data.read(folder)[0]
-    found = particulars([sample, replace(sample, file=tmp_path / "elsewhere.png")])
-    assert found[0] is not None
-    assert (found[0].age, found[0].skin_type) == (51, "V")
-    assert found[1] is None
-    raw = RawScores.of([sample], np.array([[0.0, 1.0]]), CALIBRATION)
+    bare = replace(sample, name="", age=None, sex=None, site=None, skin_type=None)
+    raw = RawScores.of([sample, bare], np.array([[0.0, 1.0]] * 2), CALIBRATION)
     assert (raw.age[0], raw.sex[0], raw.site[0], raw.skin_type[0]) == (51, "female", "back", "V")
-    assert raw.file[0] == "images/a.png"
+    assert np.isnan(raw.age[1])
+    assert (raw.sex[1], raw.site[1], raw.skin_type[1]) == ("", "", "")
+    assert raw.file.tolist() == ["images/a.png", "a.png"]

@@ -20,7 +20,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,9 +73,7 @@ def run(settings: Settings) -> dict[str, Any]:
     tested, left = unseen(samples, settings)
     document: dict[str, Any] = {
         "classifier": judge.about,
-        "data": [str(folder) for folder in settings.data],
-        "split": settings.split,
-        "seen": [str(path) for path in settings.seen] or None,
+        "settings": json.loads(json.dumps(asdict(settings), default=str)),
         "left_out": left,
         "pictures": len(tested),
     }

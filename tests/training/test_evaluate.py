@@ -68,6 +68,7 @@ def test_a_folders_figures_are_recomputed_from_what_it_wrote(
     assert report["suggestion"]["all"]["sensitivity"]["value"] >= 0.9
     assert "by_source" not in report["suggestion"]
     assert "--seen" in report["note"]
+    assert report["settings"]["split"] == "test"
     assert {file.name for file in (out / "plots").iterdir()} == {
         "roc_drawn.png", "reliability_drawn.png"
     }  # fmt: skip
@@ -266,3 +267,24 @@ def test_the_gates_refusals_are_counted_by_source_and_label() -> None:
     assert found["a"] == {"images": 3, "refused": 0.6667, "benign": 0.5, "malignant": 1.0,
                           "by": {"too_dark": 2, "blurred": 1}}  # fmt: skip
     assert found["b"] == {"images": 1, "refused": 0.0, "benign": None, "malignant": 0.0, "by": {}}
+
+
+def test_a_gated_bundles_figures_are_of_all_pictures(
+    dataset: Path, tiny_bundle: Bundle, ran: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gate:
+        """Refuses everything."""
+
+        def reasons(self, picture: Image.Image, features: object) -> tuple[Reason, ...]:
+            return (Reason("too_dark", ""),)
+
+    options = ["--data", dataset, "--engine", "onnxruntime-cpu", "--precision", "fp32"]
+    free = ran(tiny_bundle.path, *options)[1]
+    opened = Classifier.open(tiny_bundle, "onnxruntime-cpu", "fp32", threads=1)
+    gated = Classifier(opened.spec, opened.engine, intake=Gate())  # type: ignore[arg-type]
+    monkeypatch.setattr(Classifier, "open", lambda *_, **__: gated)
+    code, told, _ = ran(tiny_bundle.path, *options)
+    assert (code, told["test"]) == (0, free["test"])
+    assert told["gate"]["drawn"]["refused"] == 1
+    assert told["gate"]["drawn"]["by"] == {"too_dark": 6}
+    assert "gate" not in free

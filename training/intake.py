@@ -69,8 +69,8 @@ class Recipe:
     components: int = 12
     darkest: float = 64.0  # grey value: the limit of `light` is never above it
     drawn: int = 1500  # textures that lesions are told from
-    lesion_axes: int = 60
-    lesion_components: int = 12
+    lesion_axes: int = 110
+    lesion_components: int = 6
     outliers: int = 100  # test pictures that each kind of outlier is made of
     seed: int = 0
 

@@ -249,12 +249,16 @@ def _graphs(
     """A part's files: traced once, then said in every precision that there is a recipe for."""
     from export import shapes, trace, verify
     from export.lower import lower
-    from export.quantized import quantized
+    from export.quantized import eligible, quantized
 
     model = trace.trace(checkpoint.path, part, shapes.examples(checkpoint, part, _size(checkpoint)))
     say(f"{part} traced")
-    # What has no recipe in any precision that was asked for runs in fp32.
     asked = [precision for precision in settings.precision if part in RECIPES[precision]]
+    for precision in [one for one in asked if RECIPES[one][part].kind is not None]:
+        if not eligible(model, RECIPES[precision][part]):
+            log.info("%s has no layer that %s is for, and no file of it", part, precision)
+            asked.remove(precision)
+    # What has no recipe in any precision that was asked for runs in fp32.
     for precision in asked or ["fp32"]:
         recipe, graph = RECIPES[precision][part], folder / part / FILES[precision]
         if part == "transformer" and recipe.kind is not None:
@@ -275,6 +279,9 @@ def _graphs(
         verify.require_active(found, products)
         assert found.parity is not None
         say(f"{part} in {precision}, {found.parity.relative:.1e} from eager")
+        if precision == "fp32":
+            # At once: the others are made of this graph, and would fail for reasons of their own.
+            require(found.rows)
         yield found
 
 

@@ -2,7 +2,8 @@
 
 Weights are rounded on their way from the shard to the file. Graph inputs and outputs stay float32:
 ONNX Runtime refuses arrays of bf16 from numpy, and OpenVINO misreads them. What a sine or cosine is
-taken of stays float32 too: a timestep of 999 has no bf16, and an angle of 64 radians no digits.
+taken of stays float32 too: a timestep of 999 has no bf16, and an angle of 64 radians no digits. So
+does a batch normalisation that no convolution took up: its variances may be beyond fp16.
 Norms and softmax compute in float32 inside, as their operators say (`stash_type`).
 
 The pass is our own, and not onnxconverter's or ModelOpt's AutoCast, because both load the weights.
@@ -29,6 +30,7 @@ from export.weights import cast
 _FLOAT: Final = onnx_ir.DataType.FLOAT
 _MOST_FP16: Final = 65504.0
 _ANGLES: Final = ("Sin", "Cos")
+_HIGH: Final = (*_ANGLES, "BatchNormalization")
 _FLOAT_ALWAYS: Final = {("Resize", 2), ("Resize", 1)}
 """Inputs that an operator takes in float32 whatever its other inputs are."""
 
@@ -79,7 +81,7 @@ def _high(graph: onnx_ir.Graph, recipe: Recipe) -> set[onnx_ir.Node]:
     found = {
         node
         for node in graph
-        if node.op_type in _ANGLES
+        if node.op_type in _HIGH
         or (recipe.low and node.op_type not in recipe.low)
         or matches(str(node.name), recipe.high)
     }

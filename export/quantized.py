@@ -82,6 +82,12 @@ class Layer:
         assert self.weight.shape is not None
         return int(self.weight.shape[self.inward])  # type: ignore[arg-type]
 
+    @property
+    def groups(self) -> int:
+        """Into how many groups a convolution divides its input channels; 1 elsewhere."""
+        given = self.node.attributes.get("group")
+        return 1 if given is None else int(given.as_int())
+
 
 def layers(model: onnx_ir.Model) -> Iterator[Layer]:
     """The products of a graph that have weights, in order."""
@@ -106,12 +112,22 @@ def missing(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> list[str]:
     absent = [
         layer.name
         for layer in layers(model)
-        if recipe.needs_scale(layer.name)
-        and (layer.name not in seen or seen[layer.name].size != layer.width)
+        if _fed(layer, recipe)
+        # Of all groups, as it was seen, or of one, as assumed ranges are.
+        and (
+            layer.name not in seen
+            or seen[layer.name].size not in (layer.width, layer.width * layer.groups)
+        )
     ]
     if recipe.attention:
         absent += [name for _, _, name in attentions(model) if name not in seen]
     return absent
+
+
+def eligible(model: onnx_ir.Model, recipe: Recipe) -> list[Layer]:
+    """The layers whose weights the recipe has in 8 bits: none in a net of convolutions alone where
+    those stay high."""
+    return [layer for layer in layers(model) if _chosen(layer, recipe)]
 
 
 def quantized(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> int:
@@ -128,7 +144,7 @@ def quantized(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> int:
             f"the table of scales lacks {len(absent)} layers, {absent[0]} first; it is of another "
             "model: make it with python -m export.quantize --calibrate"
         )
-    chosen = [layer for layer in layers(model) if recipe.quantizes(layer.name)]
+    chosen = eligible(model, recipe)
     if not chosen:
         raise EngineError(f"the recipe quantizes none of the layers of {model.graph.name}")
     # Layers of one input share its pair: queries, keys and values do.
@@ -139,12 +155,14 @@ def quantized(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> int:
         together.setdefault(source, []).append(layer)
     for source, group in together.items():
         fed = [layer for layer in group if recipe.needs_scale(layer.name)]
-        divisor = _divisor(fed, seen, recipe) if recipe.smooth is not None and fed else None
+        # Channels of several groups share weights' columns, so none can be divided alone.
+        smooth = recipe.smooth is not None and all(layer.groups == 1 for layer in fed)
+        divisor = _divisor(fed, seen, recipe) if smooth and fed else None
         if fed:
             given = source if divisor is None else _divided(fed[0], source, divisor)
-            largest = np.max([seen[layer.name] for layer in fed], axis=0)
-            largest = largest if divisor is None else largest / divisor
-            pair = _pair(fed[0].place, given, float(largest.max()), recipe.kind)
+            by = 1 if divisor is None else divisor
+            largest = max(float((seen[layer.name] / by).max()) for layer in fed)
+            pair = _pair(fed[0].place, given, largest, recipe.kind)
             for layer in fed:
                 layer.node.replace_input_with(0, pair)
         for layer in group:
@@ -158,6 +176,17 @@ def quantized(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> int:
             node.replace_input_with(index, pair)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
     return sum(recipe.needs_scale(layer.name) for layer in chosen)
+
+
+def _chosen(layer: Layer, recipe: Recipe) -> bool:
+    """Whether a layer's weights are in 8 bits."""
+    able = recipe.convolutions or layer.node.op_type != "Conv"
+    return able and recipe.quantizes(layer.name)
+
+
+def _fed(layer: Layer, recipe: Recipe) -> bool:
+    """Whether a layer's inputs are in 8 bits as well."""
+    return _chosen(layer, recipe) and recipe.needs_scale(layer.name)
 
 
 def _divisor(group: list[Layer], seen: Channels, recipe: Recipe) -> NDArray[np.float32]:

@@ -16,6 +16,9 @@ What the lists rest on:
   its last blocks 1 to 2 %.
 * FP8 has one scale per tensor: TensorRT builds a graph with one per channel and then computes it in
   high precision. A floating-point type loses next to nothing by it. int8 has one per channel.
+* FP8 is for matrix products; convolutions stay in fp16 there. No engine compared here computes them
+  in it, and int8, which OpenVINO does, is theirs: one scale per output channel, grouped ones too. A
+  net that is all convolutions has no file in fp8.
 * What is not in 8 bits is in fp16: a GPU would else compute attention in fp32, many times slower
   than the products around it. On OpenVINO's CPU it is as fast as fp32 (the ratio of 60 alternated
   steps is 1.00) and runs as many products in int8. Not bf16, which ONNX Runtime's CPU lacks.
@@ -86,8 +89,8 @@ class Recipe:
     `rest` is the type of what is not in 8 bits; `low` the operators that run in `rest` (all where
     it is empty) and `high` the layers that stay in float32 all the same. `kind` is the type in 8
     bits, `layers` the layers in it, `keep` those of them that are not after all, and
-    `weights_only` those whose inputs stay high. `smooth` is SmoothQuant's alpha. With `attention`
-    queries, keys and values are in it too.
+    `weights_only` those whose inputs stay high. Without `convolutions` none of those is in it.
+    `smooth` is SmoothQuant's alpha. With `attention` queries, keys and values are in it too.
     """
 
     rest: str = "float32"
@@ -97,6 +100,7 @@ class Recipe:
     layers: tuple[str, ...] = ("*",)
     keep: tuple[str, ...] = ()
     weights_only: tuple[str, ...] = ()
+    convolutions: bool = True
     per_channel: bool = False
     smooth: float | None = None
     attention: bool = False
@@ -120,7 +124,13 @@ _MODULATIONS: Final = (
     "norm_out.linear",
 )
 _ENDS: Final = ("x_embedder", "context_embedder", "time_text_embed.*", "proj_out")
-_VIT: Final = ("patch_embed.*", "head", "head.*")
+_CLASSIFIER: Final = (
+    *("patch_embed.*", "conv1", "conv1.*", "conv_stem", "stem", "stem.*", "stem_*"),
+    *("head", "head.*", "fc", "classifier"),
+    "*.se.*",
+)
+"""Both ends of timm's nets, as each family calls them, and the gates of squeeze-and-excitation:
+small products of one pixel each that scale whole channels."""
 _WEIGHTS: Final = ("*",)
 _SMOOTH: Final = 0.5
 """SmoothQuant's own alpha (Xiao et al., arXiv 2211.10438). On the embedded default, eight prompts:
@@ -157,13 +167,15 @@ RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
             per_channel=True,
             smooth=_SMOOTH,
         ),
-        "classifier": Recipe(rest="float16", kind="int8", keep=_VIT, per_channel=True),
+        "classifier": Recipe(rest="float16", kind="int8", keep=_CLASSIFIER, per_channel=True),
     },
     "fp8": {
         "transformer": Recipe(
             rest="float16", kind="float8e4m3fn", keep=_ENDS, weights_only=_MODULATIONS
         ),
-        "classifier": Recipe(rest="float16", kind="float8e4m3fn", keep=_VIT),
+        "classifier": Recipe(
+            rest="float16", kind="float8e4m3fn", keep=_CLASSIFIER, convolutions=False
+        ),
     },
 }
 """Precision -> part -> recipe."""

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir
 
 from export.parity import Case
-from export.quantized import Channels, layers, quantized
+from export.quantized import Channels, eligible, layers, quantized
 from export.recipes import Recipe
 from export.trace import write
 from export.verify import engines, open_graph
@@ -76,15 +76,16 @@ def sensitivity(
     }
     total = sum(sizes.values())
     groups: dict[tuple[str, bool], list[str]] = {}
+    low = {layer.name for layer in eligible(model, recipe)}
     for name in sizes:
-        groups.setdefault((group_of(name), not recipe.quantizes(name)), []).append(name)
+        groups.setdefault((group_of(name), name not in low), []).append(name)
 
     def measured(name: str, names: Sequence[str], high: bool) -> Block:
-        narrow = replace(recipe, layers=tuple(names), keep=())
+        narrow = replace(recipe, layers=tuple(names), keep=(), convolutions=True)
         error = _error(model, narrow, seen, cases, precision)
         return Block(name, len(names), sum(sizes[n] for n in names) / total, high, error)
 
-    chosen = [name for name in sizes if recipe.quantizes(name)]
+    chosen = [name for name in sizes if name in low]
     if chosen:
         yield measured("all", chosen, high=False)
     yield from sorted(

@@ -68,7 +68,8 @@ class RotaryAngles(nn.Module):
         self.axes = axes
         for axis, size in enumerate(axes):
             exponents = torch.arange(0, size, 2, dtype=torch.float64) / size
-            self.register_buffer(f"frequencies_{axis}", (theta**-exponents).float())
+            frequencies = (theta**-exponents).float()
+            self.register_buffer(f"frequencies_{axis}", frequencies, persistent=False)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = torch.cat(
@@ -246,6 +247,11 @@ def _tidy(model: onnx_ir.Model) -> onnx_ir.Model:
         # A printed Python list: the scopes from the outermost to the node itself.
         scope = scopes.strip("[]").replace("'", "").split(", ")[-2:-1]
         module = scope[0].removeprefix("model.") if scope else ""
+        held = node.inputs[1] if node.op_type == "Conv" else None
+        if held is not None and held.is_initializer() and str(held.name).endswith(".weight"):
+            # The optimizer puts a batch normalisation into the convolution before it, and what it
+            # makes of the two has the scope of the first and the weights' name of the second.
+            module = str(held.name).removeprefix("model.").removesuffix(".weight")
         if node.op_type == "Add" and _FLUX_BLOCK.fullmatch(module):
             sums[module] = node
         if node.op_type == "Attention" and module and module not in taken:

@@ -38,6 +38,8 @@ from export.recipes import COMPARED, FILES, MAY_RUN
 from export.shapes import AXES
 
 _COMPUTE: Final = ("FullyConnected", "MatMul", "Convolution")
+_EIGHT: Final = ("i8", "u8")
+"""An engine takes the second for what a ReLU made."""
 _INTEGER: Final = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QGemm")
 
 
@@ -195,9 +197,10 @@ def _openvino_operations(graph: Path) -> dict[str, Counter[str]]:
         kind = details["layerType"].astype(str)
         if kind in _COMPUTE:
             # `undef_i8`: the primitive's own type. The other is that of the weights as well.
-            computed = details["primitiveType"].astype(str).rsplit("_", 1)[-1]
+            # In small letters of a product, and in capitals of a convolution.
+            computed = details["primitiveType"].astype(str).rsplit("_", 1)[-1].lower()
             held = details["runtimePrecision"].astype(str)
-            small = held in ("i8", "u8") and computed != held
+            small = held in _EIGHT and computed not in _EIGHT
             how = f"{computed} of 8-bit weights" if small else computed
             counts.setdefault(kind, Counter())[how] += 1
     return counts
@@ -253,7 +256,7 @@ def require_active(graph: Graph, products: int) -> None:
             count
             for found in kinds.values()
             for precision, count in found.items()
-            if precision in ("i8", "u8", "f32 of 8 bits")
+            if precision in (*_EIGHT, "f32 of 8 bits")
         )
         if active < products:
             raise EngineError(

@@ -78,7 +78,8 @@ def skeleton(checkpoint: Path, part: str, dtype: torch.dtype | None = None) -> n
 
 
 def of_module(module: nn.Module, folder: Path) -> dict[str, onnx_ir.LazyTensor]:
-    """The tensors of a part's parameters in a folder's shards, by the names that the module has.
+    """The tensors of a part in a folder's shards, by the names that the module has: parameters, and
+    those buffers that are learnt as well, such as a batch normalisation's running statistics.
 
     Raises:
         BundleError: the shards lack one, or have it in another shape.
@@ -86,19 +87,24 @@ def of_module(module: nn.Module, folder: Path) -> dict[str, onnx_ir.LazyTensor]:
     shards = stored(folder)
     # transformers 5 drops the outermost name of CLIP's tensors, older checkpoints have it.
     found = {key.split(".", 1)[1]: tensor for key, tensor in shards.items() if "." in key} | shards
-    parameters = list(module.named_parameters(remove_duplicate=False))
+    kept = module.state_dict()
+    wanted = [
+        *module.named_parameters(remove_duplicate=False),
+        # Counters of batches are of training alone, and old files lack them.
+        *((n, b) for n, b in module.named_buffers() if n in kept and b.is_floating_point()),
+    ]
     # A tensor that layers share is stored by one of its names.
     ties: dict[int, list[str]] = {}
-    for name, parameter in parameters:
-        ties.setdefault(id(parameter), []).append(name.removeprefix("model."))
+    for name, tensor in wanted:
+        ties.setdefault(id(tensor), []).append(name.removeprefix("model."))
     tensors = {}
-    for name, parameter in parameters:
-        source = next((found[n] for n in ties[id(parameter)] if n in found), None)
-        if source is None or tuple(source.shape) != tuple(parameter.shape):
+    for name, tensor in wanted:
+        source = next((found[n] for n in ties[id(tensor)] if n in found), None)
+        if source is None or tuple(source.shape) != tuple(tensor.shape):
             has = "lack" if source is None else f"have {list(source.shape)} as"
             raise BundleError(
                 f"the weights in {folder} {has} {name.removeprefix('model.')}, which needs "
-                f"{list(parameter.shape)}; the file is of another model or was cut"
+                f"{list(tensor.shape)}; the file is of another model or was cut"
             )
         tensors[name] = source
     return tensors

@@ -165,8 +165,11 @@ class Classifier(nn.Module):
         # Not an attribute of tensors: a trace allows a module none that it was not born with.
         mixed: list[torch.Tensor] = []
         self._mixed: Callable[[], list[torch.Tensor]] = lambda: mixed
-        self._attentions = [block.attn for block in getattr(self.model, "blocks", ())]
-        if not self._attentions or not all(hasattr(attn, "qkv") for attn in self._attentions):
+        # Blocks of nets of convolutions (EfficientNet's) have none, those of others another kind.
+        blocks = getattr(self.model, "blocks", ())
+        self._attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
+        needed = ("qkv", "q_norm", "k_norm")
+        if not self._attentions or not all(hasattr(a, n) for a in self._attentions for n in needed):
             self.outputs = self.outputs[:-1]
             return
         for attention in self._attentions:
@@ -184,7 +187,11 @@ class Classifier(nn.Module):
         self._mixed().clear()
         tokens = self.model.forward_features(pixel_values)
         features = self.model.forward_head(tokens, pre_logits=True)
-        logits = self.model.get_classifier()(features)
+        head = self.model.get_classifier()
+        if isinstance(head, nn.Conv2d):  # a linear layer over one pixel: timm's ResNetV2 and others
+            logits = head(features[:, :, None, None]).flatten(1)
+        else:
+            logits = head(features)
         if "saliency" not in self.outputs:
             return logits, features
         return logits, features, self._saliency()

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -22,7 +22,10 @@ from dermaflux import files
 from dermaflux import licence as licences
 from training import data
 from training.generator import Generator
+from training.states import PRETRAINED
 from training.words import save_clip, save_tokenizer
+
+UNKNOWN: Final = licences.UNKNOWN.id
 
 _MODEL_INDEX = {
     "_class_name": "FluxPipeline",
@@ -67,7 +70,7 @@ def licence(seen: Iterable[tuple[str, str]]) -> str:
 def ingredients(seen: Iterable[tuple[str, str]], used_for: str) -> list[dict[str, str]]:
     """What a part saw, for `provenance.json`: one entry per (source, licence)."""
     return [
-        {"name": f"{source}, training split", "kind": "data", "licence": licence,
+        {"name": f"{source}, training split", "kind": "data", "licence": licence.strip() or UNKNOWN,
          "attribution": source, "used_for": used_for}
         for source, licence in seen
     ]  # fmt: skip
@@ -82,16 +85,38 @@ def kept_ingredients(folder: Path, used_for: str) -> list[dict[str, str]]:
     return [item for item in found if item.get("used_for") == used_for]
 
 
-def add_classifier(folder: Path, seen: Sequence[tuple[str, str]]) -> None:
-    """Name what the classifier in `folder/classifier` saw in `folder/provenance.json`, if any."""
+def add_classifier(
+    folder: Path, seen: Sequence[tuple[str, str]], made_of: Sequence[Mapping[str, str]] = (),
+    begun: str = "",
+) -> None:  # fmt: skip
+    """Name what the classifier in `folder/classifier` saw in `folder/provenance.json`, if any.
+
+    `seen`, `made_of` and `begun` are those of its `states.History`: the (source, licence) pairs,
+    entries of what is no plain data, and the name of the weights that it began with.
+    """
     file = folder / "provenance.json"
     if not file.is_file():
         return
     provenance = json.loads(file.read_text())
-    weights = {"name": "classifier weights", "kind": "weights", "licence": licence(seen),
-               "attribution": "trained from random weights", "used_for": "classifier"}  # fmt: skip
+    told = {(one["source"], one.get("licence", "")) for one in made_of if "source" in one}
+    entries = [
+        {"name": source.removesuffix(PRETRAINED), "kind": "weights", "licence": terms,
+         "attribution": source.removesuffix(PRETRAINED)}
+        for source, terms in seen
+        if source.endswith(PRETRAINED) and (source, terms) not in told
+    ] + [{k: v for k, v in one.items() if k != "source"} for one in made_of]  # fmt: skip
+    plain = [pair for pair in seen if pair not in told and not pair[0].endswith(PRETRAINED)]
+    stated = [(one["name"], one.get("licence", "")) for one in entries]
+    weights = {"name": "classifier weights", "kind": "weights",
+               "licence": licence([*plain, *stated]), "used_for": "classifier",
+               "attribution": f"{'fine-tuned' if begun else 'trained'} from "
+                              f"{begun or 'random weights'}"}  # fmt: skip
     others = [i for i in provenance.get("ingredients", []) if i.get("used_for") != "classifier"]
-    provenance["ingredients"] = [*others, weights, *ingredients(seen, "classifier")]
+    provenance["ingredients"] = [
+        *others, weights, *ingredients(plain, "classifier"),
+        *({**one, "licence": one.get("licence", "").strip() or UNKNOWN, "used_for": "classifier"}
+          for one in entries),
+    ]  # fmt: skip
     files.write(file, (json.dumps(provenance, indent=2) + "\n").encode())
 
 

@@ -170,6 +170,8 @@ def save(
                 "test": figures}  # fmt: skip
     if data is not None:
         document["data"] = dict(data)
+    if history.made_of:
+        document["ingredients"] = described["ingredients"]
     if history.validation:
         document["validation"] = described["validation"]
     files.write(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())

@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
+from dermaflux.bundle import sha256
+from dermaflux.licence import Ingredient, combined
 from training import states
 from training.data import DatasetError
 from training.recipe import Recipe
@@ -88,14 +90,13 @@ class Pretrained:
             )
         # Before timm 0.9 the folder's settings were not under a key of their own.
         config = described.get("pretrained_cfg") or described
-        name = f"{path.resolve().name} (pretrained weights)"
         return cls(
             name=path.resolve().name,
             tensors=_tensors(file),
             architecture=described.get("architecture"),
             config=config,
             model_args=described.get("model_args") or {},
-            history=_history(path, name, str(config.get("license") or "")),
+            history=_history(path, file, str(config.get("license") or "")),
         )
 
     def asked(self, recipe: Recipe) -> Recipe:
@@ -206,12 +207,18 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _history(path: Path, name: str, licence: str) -> states.History:
+def _history(path: Path, file: Path, licence: str) -> states.History:
     """What the weights saw: what a report of ours beside them says, else the weights by name."""
-    report = path / "report.json"
-    if path.is_dir() and report.is_file():
-        saw = _json(report).get("saw")
-        if isinstance(saw, list) and all(isinstance(one, dict) for one in saw):
-            pairs = tuple((str(one.get("source")), str(one.get("licence"))) for one in saw)
-            return states.History(path.resolve().name, pairs)
-    return states.History(path.resolve().name, ((name, licence),))
+    name = path.resolve().name
+    own = {"name": name, "kind": "weights", "attribution": name, "sha256": sha256(file)}
+    report = _json(path / "report.json") if (path / "report.json").is_file() else {}
+    saw = report.get("saw")
+    if isinstance(saw, list) and all(isinstance(one, dict) for one in saw):
+        pairs = tuple((str(one.get("source")), str(one.get("licence") or "")) for one in saw)
+        before = [one for one in report.get("ingredients") or [] if isinstance(one, dict)]
+        terms = combined([*(Ingredient(*pair) for pair in pairs), *map(Ingredient.of, before)])
+        own["licence"] = terms.licence or licence or ("Apache-2.0" if pairs else "")
+        return states.History(name, pairs, ingredients=(own, *before))
+    source = f"{name}{states.PRETRAINED}"
+    own |= {"source": source, "licence": licence}
+    return states.History(name, ((source, licence),), ingredients=(own,))

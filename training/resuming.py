@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from training import data, states
+from training import data, generated, states
 from training.heads import Supervised
 from training.pretrained import Pretrained
 from training.recipe import Recipe, defaults
@@ -90,7 +90,10 @@ def check(
     begun = None if weights is None else weights.history
     if start is not None:
         begun = _begun(start)
-    history = states.History(name, tuple(data.licences(samples)), start=begun)
+    history = states.History(
+        name, tuple(data.licences(samples)), start=begun,
+        ingredients=generated.ingredients(samples),
+    )  # fmt: skip
     if state_file is None or not state_file.is_file():
         return history
     with states.reading(state_file, RESUME) as state:

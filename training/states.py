@@ -12,9 +12,9 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -23,12 +23,18 @@ from training import data
 # What torch.load and the loading of its content raise for files that are something else.
 _UNREADABLE = (OSError, EOFError, TypeError, IndexError, KeyError, ValueError, AttributeError,
                RuntimeError, pickle.UnpicklingError)  # fmt: skip
+PRETRAINED: Final = " (pretrained weights)"
+"""Ends the source of a pair that stands for weights of others' making, and not for data."""
 _LONGEST = 160  # characters of such an error that are shown
 
 
 @dataclass(frozen=True)
 class History:
     """What a run's weights have been through. `data` are the (source, licence) pairs it read.
+
+    `ingredients` say more of those that are no plain data, as entries of a `provenance.json`: of
+    weights that it began with, and of generated pictures with what their generator was made of. A
+    pair that an entry tells of is that entry's `source`.
 
     `loss` is that of the label over the last hundred steps. `validation` has what each look at the
     validation pictures found (step, loss, auc), and `kept` the step whose weights are the result.
@@ -42,6 +48,24 @@ class History:
     loss: float | None = None
     validation: tuple[dict[str, float], ...] = ()
     kept: int | None = None
+    # Runs saved before these were are still the same runs.
+    ingredients: tuple[Mapping[str, str], ...] = field(default=(), compare=False)
+
+    @property
+    def made_of(self) -> list[Mapping[str, str]]:
+        """The entries of this run and of all those before it, each once."""
+        found = [*(self.start.made_of if self.start else ()), *self.ingredients]
+        return [one for place, one in enumerate(found) if one not in found[:place]]
+
+    @property
+    def begun(self) -> str:
+        """The name of the weights of others' making that the first run began with, or ""."""
+        if self.start is not None:
+            return self.start.begun
+        own = (i for i in self.ingredients if i["kind"] == "weights" and "through" not in i)
+        said = (source for source, _ in self.data if source.endswith(PRETRAINED))
+        name = next((str(one["name"]) for one in own), None)
+        return name if name is not None else next(said, "").removesuffix(PRETRAINED)
 
     @property
     def saw(self) -> list[tuple[str, str]]:
@@ -59,6 +83,7 @@ class History:
             "loss": self.loss,
             "validation": list(self.validation),
             "kept": self.kept,
+            "ingredients": [dict(one) for one in self.ingredients],
         }
 
     @classmethod
@@ -75,6 +100,7 @@ class History:
             state.get("loss"),
             tuple(state.get("validation", ())),
             state.get("kept"),
+            tuple(dict(one) for one in state.get("ingredients", ())),
         )
 
     def document(self) -> dict[str, Any]:
@@ -85,6 +111,7 @@ class History:
             "hours": round(self.seconds / 3600, 2),
             "saw": [{"source": source, "licence": licence} for source, licence in self.saw],
             "started_from": None if self.start is None else self.start.document(),
+            **({"ingredients": [dict(one) for one in self.made_of]} if self.made_of else {}),
             **({"validation": list(self.validation), "kept_step": self.kept}
                if self.validation else {}),
         }  # fmt: skip

@@ -154,7 +154,7 @@ def run(
         logits_of, splits["test"], calibration, recipe.whole, validation=splits["val"], out=out
     )
     classifier.save(model, recipe, calibration, figures, history, out, _counted(chosen, choice))
-    add_classifier(out.parent, history.saw)
+    add_classifier(out.parent, history.saw, history.made_of, history.begun)
     return calibration, figures
 
 

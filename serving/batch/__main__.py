@@ -21,21 +21,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from dermaflux.bundle import Bundle, sha256
 from dermaflux.command import ended, parsed
-from dermaflux.dataset import Record
-from dermaflux.errors import BundleError, Cancelled, RequestError
-from serving.batch import formats, plan, requests
-from serving.batch.finish import finish, unsettled
-from serving.batch.gate import Thresholds
+from dermaflux.errors import Cancelled
+from dermaflux.thumbnails import Index
+from serving.batch.asked import asked, check, tell_cut, thresholds
+from serving.batch.deaths import Deaths
+from serving.batch.finish import Forms, finish
 from serving.batch.items import Bad, Item
 from serving.batch.job import Folder, Job
 from serving.batch.journal import Entry, Journal, read
@@ -43,7 +42,7 @@ from serving.batch.maker import Maker, Tools, Try
 from serving.batch.rehearsal import rehearsal
 from serving.batch.resume import check_same, forget_missing, remaining
 from serving.batch.settings import Settings
-from serving.batch.sharding import chosen
+from serving.batch.sharding import Shard, chosen
 from serving.batch.store import Store, stopping_when_full
 from serving.batch.work import Count, work
 
@@ -59,15 +58,19 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
         DiskFull: the disk is full; the same call goes on when there is room.
     """
     check(settings)
+    started = time.monotonic()
     shard = chosen(settings.shard, os.environ)
     bundle = Bundle.open(settings.bundle)
     items, bad = asked(settings, bundle)
     for one in bad[:10]:
         log.warning("line %d: %s", one.line, one.reason)
+    tell_cut(items, bundle)
     tools = Tools(
         settings.bundle, settings.engine, settings.precision, settings.threads,
         thresholds(settings, bundle), settings.seen,
     )  # fmt: skip
+    if settings.seen is not None:
+        Index.load(settings.seen)  # a wrong one must not become the job's
     job = Job(
         bundle.id, settings.seed, settings.attempts,
         None if tools.gate is None else asdict(tools.gate),
@@ -76,93 +79,70 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
     if settings.dry_run:
         print(json.dumps(rehearsal(tools, items, shard, settings)))
         return 0
-    folder = Folder(settings.out, f"{shard.number}-of-{shard.of}")
     with stopping_when_full(settings.out):
-        folder.prepare(job)
-    started = time.monotonic()
+        count, told = go_on(settings, tools, job, bundle, shard, items, bad, cancelled)
+    drawn = count.kept + count.rejected
+    rate = round(drawn / count.seconds, 3) if drawn else None
+    told |= {"drawn": drawn, "seconds": round(time.monotonic() - started, 1),
+             "pictures_per_second": rate}  # fmt: skip
+    print(json.dumps(told))
+    # A bad line stays one however often a share is repeated: who finishes the job tells of it.
+    return 1 if told["failed"] or told.get("bad_lines") else 0
+
+
+def go_on(
+    settings: Settings, tools: Tools, job: Job, bundle: Bundle, shard: Shard,
+    items: Sequence[Item], bad: Sequence[Bad], cancelled: Callable[[], bool],
+) -> tuple[Count, dict[str, Any]]:  # fmt: skip
+    """Draw what is left and finish if nothing is; what came of it, and what to say of the job."""
+    folder = Folder(settings.out, f"{shard.number}-of-{shard.of}")
+    folder.prepare(job)
+    mine = [item for item in items if shard.mine(item.index)]
     with Journal.open(folder.machinery, folder.share) as journal:
         folder.sweep()
         ledger = read(folder.machinery)
         check_same(items, ledger)
-        forget_missing(folder, items, ledger, settings.verify)
-        mine = [item for item in items if shard.mine(item.index)]
+        forget_missing(folder, mine, ledger, settings.verify)
         left = list(remaining(mine, ledger, settings.attempts, settings.seed))
+        del ledger  # it is large, and another is read at the end
         count = Count()
         if left:
             count = draw(settings, tools, folder, journal, left, len(mine), cancelled)
-        ledger = read(folder.machinery)
-        others = unsettled(items, ledger, settings.attempts)
-        result: dict[str, Any] = {"out": str(settings.out), "shard": str(shard)}
-        failed = sum(item.name in ledger.failed for item in mine)
-        if others:
-            log.info("this share is done; %d pictures are still with others", others)
-        else:
-            with stopping_when_full(settings.out):
-                outcome = finish(
-                    folder, job, bundle, items, bad, ledger,
-                    settings.threads or 2, further(settings),
-                )  # fmt: skip
-            failed = len(outcome.failed)
-            result |= {
-                "kept": len(outcome.kept),
-                "rejected": len(outcome.rejected),
-                "copies": len(outcome.copied),
-            }
-    drawn = count.kept + count.rejected
-    rate = round(drawn / count.seconds, 3) if drawn else None
-    seconds = round(time.monotonic() - started, 1)
-    result |= {"failed": failed, "bad_lines": len(bad), "with_others": others, "drawn": drawn,
-               "seconds": seconds, "pictures_per_second": rate}  # fmt: skip
-    print(json.dumps(result))
-    return 1 if failed or bad else 0
+        found = finish(
+            folder, job, bundle, items, bad,
+            Forms(settings.webdataset, settings.parquet, settings.embed),
+            threads=settings.threads or 2, shown=stoppable(cancelled),
+        )  # fmt: skip
+    told: dict[str, Any] = {"out": str(settings.out), "shard": str(shard)}
+    if isinstance(found, int):
+        log.info("this share is done; %d pictures are still with others", found)
+        return count, told | {"with_others": found, "failed": count.failed}
+    names = ("asked_by_label", "kept_by_label", "kept", "rejected", "copies", "failed", "bad_lines")
+    for label, wanted in found["asked_by_label"].items():
+        kept = found["kept_by_label"].get(label, 0)
+        if kept < wanted:
+            log.warning(
+                "of %d %s pictures asked for, %d are kept (rejected.jsonl, failed.jsonl): more "
+                "--attempts, or another --gate, in another --out, keep more", wanted, label, kept,
+            )  # fmt: skip
+    return count, told | {"with_others": 0} | {name: found[name] for name in names}
 
 
-def check(settings: Settings) -> None:
-    """Refuse settings that contradict each other or are out of range.
+def stoppable(cancelled: Callable[[], bool]) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """Wraps a long loop: shows its progress, and ends it when asked to."""
 
-    Raises:
-        RequestError: the option, the value found and the value needed.
-    """
-    if (settings.requests is None) == (settings.plan is None):
-        raise RequestError("requests", "name a file of requests, or a --plan, and not both")
-    numbers = {"attempts": settings.attempts, "workers": settings.workers}
-    given = {"batch": settings.batch, "threads": settings.threads,
-             "webdataset": settings.webdataset}  # fmt: skip
-    for name, value in (numbers | {k: v for k, v in given.items() if v is not None}).items():
-        if value is not None and value < 1:
-            raise RequestError(f"--{name}", f"{value} is out of range; use 1 or more")
-    if settings.seed < 0:
-        raise RequestError("--seed", f"{settings.seed} is out of range; use 0 or more")
-    if settings.embed and not settings.parquet:
-        raise RequestError("--embed", "is for --parquet; name both")
-    if settings.seen is not None and settings.gate == "off":
-        raise RequestError("--seen", "is for the gate, which is off; leave one of them out")
+    def shown(loop: Iterable[Any]) -> Iterator[Any]:
+        for one in tqdm(loop, mininterval=_pause(), desc="finishing", leave=False):
+            if cancelled():
+                raise Cancelled("stopped")
+            yield one
+
+    return shown
 
 
-def asked(settings: Settings, bundle: Bundle) -> tuple[list[Item], list[Bad]]:
-    """All items of the job, whoever draws them, and the lines that ask for nothing."""
-    if settings.plan is not None:
-        return plan.read(settings.plan, bundle, settings.seed), []
-    assert settings.requests is not None, "check wants one of them"
-    return requests.read(settings.requests, bundle, settings.seed)
-
-
-def thresholds(settings: Settings, bundle: Bundle) -> Thresholds | None:
-    """The gate's, of `--gate`.
-
-    Raises:
-        DatasetError: no such file, or it is not of the form.
-        BundleError: the classifier is to be asked, and the bundle has none.
-    """
-    if settings.gate == "off":
-        return None
-    gate = Thresholds() if settings.gate == "default" else Thresholds.open(Path(settings.gate))
-    if gate.agreement != "none" and bundle.classifier is None:
-        raise BundleError(
-            f"the bundle {bundle.name} has no classifier for the gate to ask; use --gate off, or "
-            "a --gate file with `agreement: none`"
-        )
-    return gate
+def _pause() -> float:
+    """Into a file, a bar that is drawn ten times a second is megabytes by the morning."""
+    return 0.1 if sys.stderr.isatty() else 60.0
 
 
 def draw(
@@ -171,10 +151,8 @@ def draw(
 ) -> Count:  # fmt: skip
     """Draw what is left, here or on a cluster, with a progress bar."""
     store = Store(folder, journal)
-    # Into a file, a bar that is drawn ten times a second is megabytes by the morning.
-    pause = 0.1 if sys.stderr.isatty() else 60.0
     with tqdm(
-        total=share, initial=share - len(left), unit="img", mininterval=pause, desc="pictures"
+        total=share, initial=share - len(left), unit="img", mininterval=_pause(), desc="pictures"
     ) as bar:
 
         def settled(entry: Entry) -> None:
@@ -191,19 +169,8 @@ def draw(
         return work(
             maker, store, left, batch=settings.batch, attempts=settings.attempts,
             seed=settings.seed, cancelled=cancelled, settled=settled,
+            deaths=Deaths(folder.machinery / f"deaths-{folder.share}.json"),
         )  # fmt: skip
-
-
-def further(settings: Settings) -> Callable[[list[Record]], None]:
-    """Writes the forms that were asked for beside the dataset's own."""
-
-    def write(records: list[Record]) -> None:
-        if settings.webdataset is not None:
-            formats.webdataset(settings.out, records, settings.webdataset)
-        if settings.parquet:
-            formats.parquet(settings.out, records, settings.embed)
-
-    return write
 
 
 @contextmanager

@@ -8,51 +8,64 @@ it does not matter who drew what when: the first of two that are one stays.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dermaflux import __version__, dataset, licence
+from dermaflux import __version__, dataset
 from dermaflux.bundle import Bundle
 from dermaflux.dataset import METADATA, Record
-from dermaflux.images import NOTICE
-from serving.batch import copies
+from serving.batch import copies, formats
 from serving.batch.gate import Thresholds
 from serving.batch.items import Bad, Item
-from serving.batch.job import Folder, Job
-from serving.batch.journal import Entry, Ledger
+from serving.batch.job import IMAGES, Folder, Job
+from serving.batch.journal import Entry, Ledger, read
+from serving.batch.listing import Outcome, manifest_of, record, terms_of, write_lists
+from serving.batch.resume import forget_missing, is_there, tries, unsettled
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Every item of a job by what became of it; `copied` names what it is a copy of, and how."""
+class Forms:
+    """Further forms of the dataset: tar files of so many pictures, a table, pictures in it."""
 
-    kept: list[tuple[Item, Entry]]
-    rejected: list[tuple[Item, Entry]]
-    failed: list[tuple[Item, Entry]]
-    copied: dict[str, str]
+    webdataset: int | None = None
+    parquet: bool = False
+    embed: bool = False
 
+    def write(self, folder: Path, records: list[Record]) -> None:
+        """Write them, or remove what an earlier run wrote where nothing is kept."""
+        formats.sweep(folder)
+        if self.webdataset is not None and records:
+            formats.webdataset(folder, records, self.webdataset)
+        elif not records:
+            shutil.rmtree(folder / formats.SHARDS, ignore_errors=True)
+        if self.parquet and records:
+            formats.parquet(folder, records, self.embed)
+        elif not records:
+            (folder / formats.TABLE).unlink(missing_ok=True)
 
-def unsettled(items: Sequence[Item], ledger: Ledger, attempts: int) -> int:
-    """How many items nobody has settled yet; one that failed is settled until the next run."""
-    return sum(
-        item.name not in ledger.failed and ledger.next_attempt(item.name, tries(item, attempts))
-        is not None
-        for item in items
-    )  # fmt: skip
+    def are_in(self, folder: Path) -> bool:
+        """Whether all of them are there."""
+        wanted = ((self.webdataset, formats.SHARDS), (self.parquet, formats.TABLE))
+        return all((folder / name).exists() for asked, name in wanted if asked)
 
-
-def tries(item: Item, attempts: int) -> int:
-    """How many tries an item may have: one, where its seed was given."""
-    return 1 if item.fixed else attempts
+    def with_former(self, former: Mapping[str, Any]) -> Forms:
+        """What is asked for now, and what an earlier run wrote: it would else contradict."""
+        count = former.get("webdataset")
+        return Forms(
+            self.webdataset or (count if isinstance(count, int) else None),
+            self.parquet or bool(former.get("parquet")),
+            self.embed or bool(former.get("embed")),
+        )
 
 
 def finish(
@@ -61,74 +74,55 @@ def finish(
     bundle: Bundle,
     items: Sequence[Item],
     bad: Sequence[Bad],
-    ledger: Ledger,
+    forms: Forms,
+    *,
     threads: int = 2,
-    formats: Callable[[list[Record]], None] | None = None,
-) -> Outcome:
-    """Write what a settled job has come to. `formats` writes further forms of the same dataset.
+    shown: Callable[[Iterable[Any]], Iterator[Any]] = iter,
+) -> dict[str, Any] | int:
+    """The manifest of what a job has come to, written with the dataset; or how many are unsettled.
+
+    Nothing is done where it was done before. `shown` wraps the long loops: it may show progress,
+    and may raise what ends them.
 
     Raises:
         DatasetError: the folder takes no files, or the disk is full.
     """
     with _alone(folder.machinery / "finish.lock"):
-        outcome = _sorted(folder, job, items, ledger, threads)
-        terms = _terms(bundle)
+        ledger = read(folder.machinery)
+        forget_missing(folder, items, ledger)
+        if others := unsettled(items, ledger, job.attempts):
+            return others
+        folder.sweep_others()
+        former = _object(folder.machinery / "finished.json")
+        forms = forms.with_former(former.get("forms", {}))
+        state = _state(items, bad, ledger, forms)
+        manifest = _object(folder.path / "manifest.json")
+        there = (folder.path / METADATA).exists() == bool(manifest.get("kept"))
+        if former.get("state") == state and manifest and there and forms.are_in(folder.path):
+            return manifest
+        # Present means complete, and from here on pictures move.
+        _note(folder, "", forms)
+        (folder.path / METADATA).unlink(missing_ok=True)
+        outcome = _sorted(folder, job, items, ledger, threads, shown)
+        terms = terms_of(bundle)
         records = [record(folder, item, entry, bundle, terms) for item, entry in outcome.kept]
-        _write_lists(folder, outcome, bad)
-        if formats is not None and records:
-            formats(records)
-        manifest = _manifest(folder, job, bundle, terms, outcome, bad, len(items))
+        write_lists(folder, outcome, bad)
+        forms.write(folder.path, records)
+        manifest = manifest_of(folder, job, bundle, terms, items, outcome, bad)
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         with dataset.writing(folder.path / "manifest.json"):
             folder.write("manifest.json", text.encode())
         if records:
             dataset.write(folder.path, records, folder.temporary)
-        else:
-            (folder.path / METADATA).unlink(missing_ok=True)
-    return outcome
-
-
-def record(
-    folder: Folder, item: Item, entry: Entry, bundle: Bundle, terms: Mapping[str, str]
-) -> Record:
-    """An item's line in the dataset."""
-    known = {name: item.more[name] for name in item.more if name in Record.__dataclass_fields__}
-    more = {name: value for name, value in item.more.items() if name not in known}
-    request = item.request
-    return Record(
-        file_name=folder.kept(item),
-        text=request.prompt,
-        **vars(item.lesion),
-        # Of one bundle, an equal request with an equal seed is the same lesion.
-        group=f"{bundle.id}-{item.digest}-{entry.attempt}",
-        source=terms["source"],
-        licence=terms["licence"],
-        attribution=terms["attribution"],
-        confirmed="synthetic",
-        sha256=entry.sha256,
-        **known,
-        more={
-            **more,
-            "synthetic": True,
-            "id": item.name,
-            "seed": entry.seed,
-            "attempt": entry.attempt,
-            "steps": request.steps,
-            "guidance": request.guidance,
-            "height": request.height,
-            "width": request.width,
-            "bundle": bundle.id,
-            "engine": entry.engine,
-            "pixels_sha256": entry.pixels,
-            "created": entry.time,
-            "measured": dict(entry.measures),
-        },
-    )
+        _note(folder, state, forms)
+    _tell_strays(folder, items)
+    return manifest
 
 
 def _sorted(
-    folder: Folder, job: Job, items: Sequence[Item], ledger: Ledger, threads: int
-) -> Outcome:
+    folder: Folder, job: Job, items: Sequence[Item], ledger: Ledger, threads: int,
+    shown: Callable[[Iterable[Any]], Iterator[Any]],
+) -> Outcome:  # fmt: skip
     """Items by outcome, with their pictures where they belong."""
     good = [(item, ledger.kept[item.name]) for item in items if item.name in ledger.kept]
     paths = {item.name: _where(folder, item, entry) for item, entry in good}
@@ -137,7 +131,7 @@ def _sorted(
     if threshold is not None:
         # Whoever gives the seeds may want one lesion in several descriptions.
         drawn = [(item.name, paths[item.name]) for item, _ in good if not item.fixed]
-        found = copies.find(drawn, threshold, threads)
+        found = copies.find(drawn, threshold, threads, shown)
         copied = {
             name: f"it is {other} again (similarity {alike:.2f}; copies are from {threshold:g} on)"
             for name, (other, alike) in found.items()
@@ -151,7 +145,11 @@ def _sorted(
     for item in items:
         before = ledger.rejected.get(item.name, {})
         rejected += [(item, before[attempt]) for attempt in sorted(before)]
-    failed = [(item, ledger.failed[item.name]) for item in items if item.name in ledger.failed]
+    failed = [
+        (item, ledger.failed[item.name])
+        for item in items
+        if ledger.has_failed(item.name, tries(item, job.attempts))
+    ]
     rejected.sort(key=lambda one: (one[0].index, one[1].attempt))
     return Outcome(kept, rejected, failed, copied)
 
@@ -159,7 +157,7 @@ def _sorted(
 def _where(folder: Folder, item: Item, entry: Entry) -> Path:
     """Where a kept picture lies: among the others, or put aside as a copy by an earlier run."""
     path = folder.path / folder.kept(item)
-    return path if path.exists() else folder.path / folder.rejected(item, entry.attempt)
+    return path if is_there(path, entry) else folder.path / folder.rejected(item, entry.attempt)
 
 
 def _move(path: Path, wanted: Path) -> None:
@@ -169,82 +167,43 @@ def _move(path: Path, wanted: Path) -> None:
             os.replace(path, wanted)
 
 
-def _write_lists(folder: Folder, outcome: Outcome, bad: Sequence[Bad]) -> None:
-    rejected = [
-        {
-            "id": item.name,
-            "attempt": entry.attempt,
-            "file": folder.rejected(item, entry.attempt),
-            "reasons": [*entry.reasons, *_listed(outcome.copied, item, entry)],
-            "text": item.request.prompt,
-            "label": item.lesion.label,
-            "seed": entry.seed,
-            "measured": dict(entry.measures),
-        }
-        for item, entry in outcome.rejected
-    ]
-    failed: list[dict[str, Any]] = [{"line": one.line, "reason": one.reason} for one in bad]
-    failed += [
-        {"id": item.name, "reason": "; ".join(entry.reasons), "text": item.request.prompt}
-        for item, entry in outcome.failed
-    ]
-    for name, lines in (("rejected.jsonl", rejected), ("failed.jsonl", failed)):
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        with dataset.writing(folder.path / name):
-            folder.write(name, text.encode())
+def _note(folder: Folder, state: str, forms: Forms) -> None:
+    """Keep what is finished, or, with an empty state, what is about to be."""
+    text = json.dumps({"state": state, "forms": asdict(forms)}) + "\n"
+    with dataset.writing(folder.machinery / "finished.json"):
+        folder.write(".batch/finished.json", text.encode())
 
 
-def _listed(copied: Mapping[str, str], item: Item, entry: Entry) -> list[str]:
-    return [copied[item.name]] if entry.state == "kept" else []
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no whole one."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _terms(bundle: Bundle) -> dict[str, str]:
-    """Source, licence and attribution of what a bundle draws.
-
-    The classifier's ingredients do not count: it chooses among pictures, and is in none of them.
-    """
-    listed = [
-        one
-        for one in bundle.provenance.get("ingredients", ())
-        if one.get("used_for", "") != "classifier"
-    ]
-    known = licence.combined(licence.Ingredient.of(one) for one in listed)
-    return {
-        "source": f"DermaFlux, bundle {bundle.name}",
-        "licence": known.licence or str(bundle.provenance.get("licence") or ""),
-        "attribution": "; ".join(known.attributions),
-    }
+def _state(items: Sequence[Item], bad: Sequence[Bad], ledger: Ledger, forms: Forms) -> str:
+    """A hash of all that a finished dataset follows from."""
+    digest = hashlib.sha256(f"{__version__} {forms} {bad}".encode())
+    for item in items:
+        digest.update(f"{item.name} {item.index} {item.digest}".encode())
+        entries = [*ledger.rejected.get(item.name, {}).values()]
+        entries += [one[item.name] for one in (ledger.kept, ledger.failed) if item.name in one]
+        for entry in entries:
+            digest.update(f"{entry.attempt} {entry.state} {entry.sha256} {entry.time}".encode())
+    return digest.hexdigest()[:16]
 
 
-def _manifest(
-    folder: Folder, job: Job, bundle: Bundle, terms: Mapping[str, str], outcome: Outcome,
-    bad: Sequence[Bad], asked: int,
-) -> dict[str, Any]:  # fmt: skip
-    drew = Counter(entry.engine for _, entry in outcome.kept)
-    engines = {name: {"kept": drew[name], **details} for name, details in folder.engines().items()}
-    return {
-        "notice": NOTICE,
-        "made_by": f"dermaflux {__version__}",
-        "job": {
-            "seed": job.seed, "attempts": job.attempts, "gate": job.gate, "seen": job.seen,
-        },
-        "bundle": {"id": bundle.id, "name": bundle.name, "wording": bundle.wording},
-        "engines": engines,
-        **terms,
-        "ingredients": [dict(one) for one in bundle.provenance.get("ingredients", ())],
-        "asked": asked,
-        "kept": len(outcome.kept),
-        "kept_by_label": _by_label(outcome.kept),
-        "rejected": len(outcome.rejected),
-        "rejected_by_label": _by_label(outcome.rejected),
-        "copies": len(outcome.copied),
-        "failed": len(outcome.failed),
-        "bad_lines": len(bad),
-    }  # fmt: skip
-
-
-def _by_label(listed: Sequence[tuple[Item, Entry]]) -> dict[str, int]:
-    return dict(sorted(Counter(str(item.lesion.label) for item, _ in listed).items()))
+def _tell_strays(folder: Folder, items: Sequence[Item]) -> None:
+    known = {folder.kept(item) for item in items}
+    there = (folder.path / IMAGES).rglob("*.png")
+    strays = [one for one in there if one.relative_to(folder.path).as_posix() not in known]
+    if strays:
+        log.warning(
+            "%d pictures that are not asked for any more, such as %s, are in %s and not in the "
+            "dataset", len(strays), strays[0].name, folder.path / IMAGES,
+        )  # fmt: skip
 
 
 @contextmanager

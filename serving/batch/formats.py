@@ -48,6 +48,17 @@ _ROWS: Final = 10_000
 _ROWS_OF_PICTURES: Final = 100
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left of both forms; what was put aside comes back."""
+    whole, part, old = (folder / name for name in (SHARDS, f".{SHARDS}.part", f".{SHARDS}.old"))
+    if old.exists() and not whole.exists():
+        old.rename(whole)
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    for file in folder.glob(f".{TABLE}.*"):
+        file.unlink(missing_ok=True)
+
+
 def webdataset(folder: Path, records: Sequence[Record], per_shard: int) -> list[Path]:
     """Write `shards/000000.tar`, ... with `per_shard` pictures each, the last with the rest.
 

@@ -9,8 +9,13 @@ DIR/                     a dataset, once `metadata.jsonl` is there
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
+import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +23,15 @@ from typing import Any, Final
 from dermaflux import files
 from dermaflux.errors import DatasetError
 from serving.batch.items import Item
+from serving.batch.journal import unlocked
 
 IMAGES: Final = "images"
 REJECTED: Final = "__rejected__"
 _FORMAT: Final = 1
+_HALF: Final = ".job.json."
+_YOUNG_SECONDS: Final = 60.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,7 @@ class Folder:
                         "or an empty folder"
                     )
                 self.machinery.mkdir(parents=True, exist_ok=True)
-                content = json.dumps(asdict(job), indent=2, ensure_ascii=False) + "\n"
-                files.write(file, content.encode(), self.machinery)
+                _write_once(file, job)
             _check_same(file, job)
         except OSError as error:
             raise DatasetError(
@@ -76,6 +85,18 @@ class Folder:
         """Remove what a killed process left half written. Only who holds the journal may."""
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True, exist_ok=True)
+        for left in self.machinery.glob(f"{_HALF}*"):
+            # Another process may be at it just now: it is young then.
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _YOUNG_SECONDS:
+                    left.unlink()
+
+    def sweep_others(self) -> None:
+        """The same for shares that nobody is at; for who finishes the job."""
+        idle = set(unlocked(self.machinery)) - {self.share}
+        for folder in (self.machinery / "tmp").glob("*"):
+            if folder.name in idle:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def tell_engine(self, name: str, details: Mapping[str, Any]) -> None:
         """Keep what the hash of an engine stands for."""
@@ -84,8 +105,15 @@ class Folder:
 
     def engines(self) -> dict[str, Any]:
         """Hash -> what it stands for, of all that drew for this job."""
-        found = sorted(self.machinery.glob("engine-*.json"))
-        return {one.stem.removeprefix("engine-"): json.loads(one.read_bytes()) for one in found}
+        found: dict[str, Any] = {}
+        for file in sorted(self.machinery.glob("engine-*.json")):
+            name = file.stem.removeprefix("engine-")
+            try:
+                found[name] = dict(json.loads(file.read_bytes()))
+            except (OSError, ValueError, TypeError) as error:
+                log.warning("%s is damaged (%s): what drew is known by its hash alone", file, error)
+                found[name] = {}
+        return found
 
     def kept(self, item: Item) -> str:
         """Where an item's picture lies if it is kept, relative to the folder."""
@@ -104,6 +132,25 @@ class Folder:
         path = self.path / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, data, self.temporary)
+
+
+def _write_once(file: Path, job: Job) -> None:
+    """Write the job's file, unless another process was first."""
+    content = json.dumps(asdict(job), indent=2, ensure_ascii=False) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=_HALF)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.chmod(temporary, 0o644)
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        pass
+    except OSError:
+        # Some network disks have no links: then the last of two at one moment is the job.
+        os.replace(temporary, file)
+    Path(temporary).unlink(missing_ok=True)
 
 
 def _check_same(file: Path, job: Job) -> None:

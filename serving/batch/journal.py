@@ -15,14 +15,15 @@ journals the truth of what was decided on them.
 from __future__ import annotations
 
 import fcntl
+import heapq
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from dermaflux.errors import DatasetError
 
@@ -32,15 +33,15 @@ STATES: Final = ("kept", "rejected", "failed")
 _PREFIX: Final = "journal-"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """What became of one try of one item.
 
     `state` is one of `STATES`; `reasons` say why not `kept`. `asked` is the item's digest. `file`
-    is relative to the job's folder, and empty where a try failed. `size` in bytes and
-    `sha256` are of the file, `pixels`
-    of its uint8 [height, width, 3] before any marking. `engine` is the hash of what
-    drew it; `measures` are the gate's. `time` is UTC, ISO 8601.
+    is relative to the job's folder, and empty where a try failed. `size` in bytes and `sha256` are
+    of the file, `pixels` of its uint8 [height, width, 3] before any marking. `engine` is the hash
+    of what drew it; `measures` are the gate's, as JSON, for a mapping takes ten times the memory.
+    `time` is UTC, ISO 8601.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Entry:
     size: int = 0
     sha256: str = ""
     pixels: str = ""
-    measures: Mapping[str, Any] = field(default_factory=dict)
+    measures: str = "{}"
 
     @classmethod
     def of(cls, line: bytes) -> Entry:
@@ -70,33 +71,57 @@ class Entry:
             raise ValueError(str(error)) from None
         if not isinstance(content, dict):
             raise ValueError("no object")
+        reasons = content.get("reasons", [])
+        if not isinstance(reasons, list) or not isinstance(content.get("measures", {}), dict):
+            raise ValueError("reasons or measures of another type")
+        measures = json.dumps(content.pop("measures", {}), ensure_ascii=False)
         try:
-            entry = cls(**{**content, "reasons": tuple(content.get("reasons", ()))})
+            entry = cls(**{**content, "reasons": tuple(reasons), "measures": measures})
         except TypeError as error:
             raise ValueError(str(error)) from None
+        for name, kind in _KINDS.items():
+            if type(getattr(entry, name)) is not kind:
+                raise ValueError(f"{name} {getattr(entry, name)!r}")
         if entry.state not in STATES:
             raise ValueError(f"state {entry.state!r}")
         return entry
 
+    def line(self) -> bytes:
+        """The entry as a line of a journal, its end included."""
+        values = {name: getattr(self, name) for name in _KINDS} | {"reasons": list(self.reasons)}
+        text = json.dumps(values, ensure_ascii=False)
+        return f'{text[:-1]}, "measures": {self.measures}}}\n'.encode()
+
+
+_KINDS: Final = {
+    "name": str, "attempt": int, "state": str, "asked": str, "seed": int, "time": str,
+    "engine": str, "file": str, "size": int, "sha256": str, "pixels": str,
+}  # fmt: skip
+
 
 @dataclass
 class Ledger:
-    """All journals together, by the items' names; `rejected` by their tries too."""
+    """All journals together, by the items' names; `rejected` by their tries too.
+
+    Clocks of several machines differ, so what is kept stays kept whenever something failed.
+    """
 
     kept: dict[str, Entry] = field(default_factory=dict)
     rejected: dict[str, dict[int, Entry]] = field(default_factory=dict)
     failed: dict[str, Entry] = field(default_factory=dict)
 
     def add(self, entry: Entry) -> None:
-        """Take an entry in. Of two on the same try the later holds; one that is kept ends it."""
+        """Take an entry in. Of two on the same try the later holds, be it kept or rejected."""
         if entry.state == "kept":
             self.kept[entry.name] = entry
+            self.rejected.get(entry.name, {}).pop(entry.attempt, None)
         elif entry.state == "rejected":
             self.rejected.setdefault(entry.name, {})[entry.attempt] = entry
+            before = self.kept.get(entry.name)
+            if before is not None and before.attempt == entry.attempt:
+                del self.kept[entry.name]
         else:
             self.failed[entry.name] = entry
-            return
-        self.failed.pop(entry.name, None)
 
     def forget(self, entry: Entry) -> None:
         """Take an entry out: its picture is gone."""
@@ -115,6 +140,10 @@ class Ledger:
         done = self.rejected.get(name, {})
         return next((one for one in range(attempts) if one not in done), None)
 
+    def has_failed(self, name: str, attempts: int) -> bool:
+        """Whether an item's last word is a failure: it still needs a try, and had one."""
+        return name in self.failed and self.next_attempt(name, attempts) is not None
+
 
 def read(folder: Path) -> Ledger:
     """What all journals of a folder say together, in the order of their entries' times.
@@ -122,16 +151,25 @@ def read(folder: Path) -> Ledger:
     Raises:
         DatasetError: a journal cannot be read.
     """
-    entries: list[Entry] = []
-    for file in sorted(folder.glob(f"{_PREFIX}*.jsonl")):
-        try:
-            entries += _entries(file)
-        except OSError as error:
-            raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error
     ledger = Ledger()
-    for entry in sorted(entries, key=lambda entry: entry.time):
+    files = sorted(folder.glob(f"{_PREFIX}*.jsonl"))
+    # Each journal is in the order of its own clock, so they are merged line by line.
+    for entry in heapq.merge(*map(_entries, files), key=lambda entry: entry.time):
         ledger.add(entry)
     return ledger
+
+
+def unlocked(folder: Path) -> list[str]:
+    """Names of the shares whose journals nobody writes now."""
+    names = []
+    for file in sorted(folder.glob(f"{_PREFIX}*.jsonl")):
+        with file.open("rb") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                continue
+            names.append(file.stem.removeprefix(_PREFIX))
+    return names
 
 
 class Journal:
@@ -171,9 +209,7 @@ class Journal:
         Raises:
             OSError: the disk is full or gone; the journal is as it was.
         """
-        data = b"".join(
-            json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n" for entry in entries
-        )
+        data = b"".join(entry.line() for entry in entries)
         size = os.fstat(self._descriptor).st_size
         try:
             view = memoryview(data)
@@ -214,9 +250,14 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _entries(file: Path) -> Iterator[Entry]:
-    lines: Iterable[bytes] = file.read_bytes().split(b"\n")[:-1]  # without what has no end
-    for number, line in enumerate(lines, 1):
-        try:
-            yield Entry.of(line)
-        except ValueError as error:
-            log.warning("%s, line %d is damaged (%s): drawn again", file, number, error)
+    try:
+        with file.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.endswith(b"\n"):
+                    return  # a kill cut it off, or another process is at it now
+                try:
+                    yield Entry.of(line)
+                except ValueError as error:
+                    log.warning("%s, line %d is damaged (%s): drawn again", file, number, error)
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error

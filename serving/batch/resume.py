@@ -13,13 +13,26 @@ from pathlib import Path
 
 from dermaflux.bundle import sha256
 from dermaflux.errors import DatasetError
-from serving.batch.finish import tries
 from serving.batch.items import Item
 from serving.batch.job import Folder
 from serving.batch.journal import Entry, Ledger
 from serving.batch.maker import Try
 
 log = logging.getLogger(__name__)
+
+
+def tries(item: Item, attempts: int) -> int:
+    """How many tries an item may have: one, where its seed was given."""
+    return 1 if item.fixed else attempts
+
+
+def unsettled(items: Iterable[Item], ledger: Ledger, attempts: int) -> int:
+    """How many items nobody has settled yet; one that failed is settled until the next run."""
+    return sum(
+        item.name not in ledger.failed
+        and ledger.next_attempt(item.name, tries(item, attempts)) is not None
+        for item in items
+    )
 
 
 def check_same(items: Sequence[Item], ledger: Ledger) -> None:
@@ -33,7 +46,7 @@ def check_same(items: Sequence[Item], ledger: Ledger) -> None:
         if any(entry is not None and entry.asked != item.digest for entry in known):
             raise DatasetError(
                 f"the picture {item.name!r} was drawn of another request than it has now; give it "
-                "a new id, or name another --out"
+                "a new id (of a plan: change nothing of it), or name another --out"
             )
 
 
@@ -47,22 +60,25 @@ def forget_missing(
         entries += [ledger.kept[item.name]] if item.name in ledger.kept else []
         for entry in entries:
             places = {folder.path / entry.file, folder.path / folder.rejected(item, entry.attempt)}
-            if not any(_is_there(path, entry, verify) for path in places):
+            if not any(is_there(path, entry, verify) for path in places):
                 ledger.forget(entry)
                 gone += 1
     if gone:
         log.warning("%d pictures are missing or damaged, and are drawn again", gone)
 
 
-def remaining(items: Iterable[Item], ledger: Ledger, attempts: int, seed: int) -> Iterator[Try]:
-    """The next try of every item that is not settled."""
-    for item in items:
-        number = ledger.next_attempt(item.name, tries(item, attempts))
-        if number is not None:
-            yield Try(item, number, item.attempt(number, seed))
+def remaining(items: Sequence[Item], ledger: Ledger, attempts: int, seed: int) -> Iterator[Try]:
+    """The next try of every item that is not settled; those that failed before come last."""
+    for again in (False, True):
+        for item in items:
+            if (item.name in ledger.failed) is again:
+                number = ledger.next_attempt(item.name, tries(item, attempts))
+                if number is not None:
+                    yield Try(item, number, item.attempt(number, seed))
 
 
-def _is_there(path: Path, entry: Entry, verify: bool) -> bool:
+def is_there(path: Path, entry: Entry, verify: bool = False) -> bool:
+    """Whether a file is that of an entry: by its size, and with `verify` by its sha256."""
     try:
         same_size = path.stat().st_size == entry.size
     except OSError:

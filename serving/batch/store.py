@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -81,7 +82,7 @@ class Store:
             size=len(made.png),
             sha256=hashlib.sha256(made.png).hexdigest(),
             pixels=made.pixels,
-            measures=made.verdict.measures,
+            measures=json.dumps(made.verdict.measures, ensure_ascii=False),
         )
 
 

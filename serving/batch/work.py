@@ -14,16 +14,19 @@ from typing import Final
 
 from dermaflux.errors import EngineError
 from dermaflux.flow import Floats
+from serving.batch.deaths import HOPELESS, Deaths
 from serving.batch.journal import Entry
-from serving.batch.maker import Maker, Try
+from serving.batch.maker import Made, Maker, Try
 from serving.batch.store import Store
 
 _AHEAD: Final = 2
 """Batches that may wait to be developed: more only hold memory, for one writer is quick enough."""
 _TURNS: Final = 16
 """Batches that are drawn together where parts take turns in memory, since each turn loads them."""
-_HOPELESS: Final = 32
-"""Tries that may fail one after another before it is the engine, not the items."""
+_NEVER: Final = 32
+"""Tries that may fail one after another before it is the engine, where none has succeeded yet."""
+_NO_MORE: Final = 512
+"""The same after one has: there may be many bad items, but hardly so many in one place."""
 
 
 class Count:
@@ -44,7 +47,7 @@ class Count:
         setattr(self, entry.state, getattr(self, entry.state) + 1)
         self.seconds = time.monotonic() - self._began
         self._failing = self._failing + 1 if entry.state == "failed" else 0
-        if self._failing >= _HOPELESS:
+        if self._failing >= (_NO_MORE if self.kept or self.rejected else _NEVER):
             raise EngineError(
                 f"the last {self._failing} pictures all failed, the last with: {entry.reasons[0]}. "
                 "Mend that and run the same command again; failed pictures are tried anew"
@@ -61,17 +64,18 @@ def work(
     seed: int,
     cancelled: Callable[[], bool] | None = None,
     settled: Callable[[Entry], None] | None = None,
+    deaths: Deaths | None = None,
 ) -> Count:
     """Make all tries and, of rejected items, their next ones. What is begun is written.
 
     `batch` is the most pictures that are denoised together, what fits if None. `settled` is called
-    with the last entry of each item.
+    with the last entry of each item. `deaths` tells whom earlier processes died over.
 
     Raises:
         Cancelled: the caller asked to stop; all that was denoised before is written.
         DiskFull, EngineError: see `Store.write` and `Count.add`.
     """
-    waiting = Waiting(maker, tries, batch)
+    waiting = Waiting(maker, tries, batch, deaths)
     count = Count()
 
     def account(entries: Sequence[Entry], members: Sequence[Try]) -> None:
@@ -81,6 +85,8 @@ def work(
                 waiting.put(following)
             elif settled is not None:
                 settled(entry)
+        if deaths is not None:
+            deaths.end(one.item.name for one in members)
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="develop")
     running: deque[tuple[Future[list[Entry]], list[Try]]] = deque()
@@ -94,6 +100,11 @@ def work(
                 members = members or waiting.take()
             if not members:
                 return count
+            if deaths is not None:
+                if deaths.hopeless(members[0].item.name):
+                    account(store.write([_given_up(maker, members[0])]), members)
+                    continue
+                deaths.begin(one.item.name for one in members)
             latents = maker.denoise(members, cancelled)
             job = pool.submit(_finished, maker, store, members, latents)
             running.append((job, members))
@@ -102,6 +113,8 @@ def work(
     finally:
         # Whatever ended the loop, what is denoised gets written, and its own error is not lost.
         pool.shutdown()
+        if deaths is not None:
+            deaths.close()
 
 
 def after(state: str, one: Try, attempts: int, seed: int) -> Try | None:
@@ -118,10 +131,17 @@ def _finished(
     return store.write(maker.develop(tries, latents))
 
 
+def _given_up(maker: Maker, one: Try) -> Made:
+    return Made(one, maker.engine, error=f"its process died {HOPELESS} times while it was drawn")
+
+
 class Waiting:
     """Tries that wait to be denoised, by size, since a batch is of one size."""
 
-    def __init__(self, maker: Maker, tries: Iterable[Try], batch: int | None) -> None:
+    def __init__(
+        self, maker: Maker, tries: Iterable[Try], batch: int | None, deaths: Deaths | None = None
+    ) -> None:
+        self._deaths = deaths
         self._most = batch
         self._maker = maker
         self._again: deque[Try] = deque()
@@ -135,6 +155,8 @@ class Waiting:
     def take(self) -> list[Try]:
         """The next batch: the first that is full, or the fullest when no try is left."""
         while (one := self._next()) is not None:
+            if self._deaths is not None and self._deaths.alone(one.item.name):
+                return [one]
             size = (one.request.height, one.request.width)
             alike = self._sizes.setdefault(size, deque())
             alike.append(one)

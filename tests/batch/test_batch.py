@@ -301,6 +301,166 @@ def test_the_first_of_copies_stays_whoever_drew_it(run, gate, tmp_path, monkeypa
     assert all((tmp_path / "one" / r.file_name).is_file() for r in dataset.read(tmp_path / "one"))
 
 
+def test_a_picture_that_another_share_lost_is_waited_for(run, asked: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2):
+        run(asked, out, f"--shard={number}/2")
+    before = made(out)
+    (out / "images/0000/0000001.png").unlink()
+    result = run(asked, out, "--shard=1/2")
+    assert (result["status"], result["with_others"], result["drawn"]) == (0, 1, 0)
+    assert run(asked, out, "--shard=2/2")["drawn"] == 1
+    assert made(out) == before
+
+
+def test_a_verdict_that_changed_takes_the_picture_out(run, gate, tmp_path, monkeypatch) -> None:
+    """As when another engine draws a lost picture anew, and the gate sees it otherwise."""
+    from serving.batch import copies
+    from serving.batch.gate import Gate, Verdict
+
+    monkeypatch.setattr(copies, "find", lambda *_: {})
+    asked = write(tmp_path / "r.jsonl", [line(index) for index in range(4)])
+    out = tmp_path / "out"
+    run(asked, out, f"--gate={gate}")
+    (out / "images/0000/0000002.png").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Gate, "judge", lambda _, items, __: [Verdict(("no",), {}) for _ in items])
+        assert run(asked, out, f"--gate={gate}")["kept"] == 3
+    rejected = [json.loads(x) for x in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in rejected] == ["0000002"]
+    assert (out / rejected[0]["file"]).is_file()
+    assert "0000002" not in {record.more["id"] for record in dataset.read(out)}
+    assert run(asked, out, f"--gate={gate}")["drawn"] == 0
+
+
+@pytest.mark.parametrize("place", ["journal", "sweep", "engine", "lists", "manifest"])
+def test_a_disk_full_anywhere_is_told_as_such(run, asked, tmp_path, monkeypatch, place) -> None:
+    from serving.batch import finish
+    from serving.batch.job import Folder
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target, name = {
+        "journal": (os, "open"), "sweep": (Folder, "sweep"), "engine": (Folder, "tell_engine"),
+        "lists": (finish, "write_lists"), "manifest": (dataset, "write"),
+    }[place]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, full)
+        result = run(asked, tmp_path / "out")
+    assert result["status"] == 3
+    assert "is full" in result["said"]
+    assert run(asked, tmp_path / "out")["kept"] == 20
+
+
+def test_while_pictures_move_there_is_no_dataset(run, gate, tmp_path, monkeypatch) -> None:
+    from serving.batch import copies, finish
+
+    monkeypatch.setattr(copies, "find", lambda *_: {})
+    asked = write(tmp_path / "r.jsonl", [line(index) for index in range(6)])
+    out = tmp_path / "out"
+    run(asked, out, f"--gate={gate}", "--parquet")
+    write(asked, [line(index) for index in range(7)])
+    real = finish._move
+
+    def killed(path: Path, wanted: Path) -> None:
+        real(path, wanted)
+        if path != wanted:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "find", lambda *_: {"0000002": ("0000000", 0.8)})
+        patch.setattr(finish, "_move", killed)
+        assert run(asked, out, f"--gate={gate}")["status"] == 130
+        assert not (out / "metadata.jsonl").exists()
+    result = run(asked, out, f"--gate={gate}")
+    assert (result["kept"], result["drawn"]) == (7, 0)
+    assert all((out / record.file_name).is_file() for record in dataset.read(out))
+
+
+def test_a_finished_job_is_not_finished_again(run, asked, tmp_path, monkeypatch) -> None:
+    from serving.batch import finish
+
+    out = tmp_path / "out"
+    first = run(asked, out, "--webdataset=8")
+    monkeypatch.setattr(finish, "_sorted", None)
+    again = run(asked, out)
+    assert {**again, "drawn": 20, "seconds": 0, "pictures_per_second": 0} == {
+        **first, "seconds": 0, "pictures_per_second": 0, "said": again["said"],
+    }  # fmt: skip
+
+
+def test_forms_of_an_earlier_run_are_kept_up(run, tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    asked = write(tmp_path / "r.jsonl", [line(index) for index in range(8)])
+    out = tmp_path / "out"
+    run(asked, out, "--parquet", "--webdataset=4")
+    write(asked, [line(index) for index in range(12)])
+    run(asked, out)
+    assert pyarrow.parquet.read_table(out / "dataset.parquet").num_rows == 12
+    assert len(list((out / "shards").glob("*.tar"))) == 3
+
+
+def test_bad_lines_are_told_by_who_finishes(run, tmp_path: Path) -> None:
+    asked = write(tmp_path / "r.jsonl", [*(line(index) for index in range(6)), "{broken"])
+    out = tmp_path / "out"
+    assert run(asked, out, "--shard=1/2")["status"] == 0
+    assert run(asked, out, "--shard=2/2")["status"] == 1
+
+
+def test_a_label_that_comes_short_is_told(run, gate, tmp_path, monkeypatch) -> None:
+    from serving.batch import copies
+    from serving.batch.gate import Gate, Verdict
+
+    monkeypatch.setattr(copies, "find", lambda *_: {})
+
+    def judge(_, items, __):
+        return [Verdict(("no",) if one.lesion.label == "benign" else (), {}) for one in items]
+
+    monkeypatch.setattr(Gate, "judge", judge)
+    asked = write(tmp_path / "r.jsonl", [line(index) for index in range(6)])
+    result = run(asked, tmp_path / "out", f"--gate={gate}")
+    assert result["asked_by_label"] == {"benign": 3, "malignant": 3}
+    assert result["kept_by_label"] == {"malignant": 3}
+
+
+def test_prompts_that_the_model_cuts_are_told(run, tmp_path: Path, caplog) -> None:
+    long = {"prompt": "benign lesion " * 40, "label": "benign"}
+    run(write(tmp_path / "r.jsonl", [line(0), long]), tmp_path / "out")
+    assert "1 prompts are cut: 0000001 has" in caplog.text
+
+
+def test_what_killed_processes_left_is_swept(run, asked: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(asked, out, "--shard=2/2")
+    for name in ("tmp/2-of-2/.x.png.abc", ".job.json.abc"):
+        (out / ".batch" / name).write_bytes(b"half")
+        os.utime(out / ".batch" / name, (0, 0))
+    for name in (".dataset.parquet.abc", ".shards.part/a.tar"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(b"half")
+    run(asked, out)
+    left = [one.name for one in out.rglob("*") if one.is_file() and one.name.startswith(".")]
+    assert left == []
+    assert not (out / ".shards.part").exists()
+
+
+def test_a_wrong_index_does_not_become_the_jobs(run, asked, gate, tmp_path: Path) -> None:
+    (tmp_path / "junk.npz").write_bytes(b"junk")
+    more = (f"--gate={gate}", f"--seen={tmp_path}/junk.npz")
+    assert run(asked, tmp_path / "out", *more)["status"] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_nobody_asks_for_any_more_are_told(run, tmp_path: Path, caplog) -> None:
+    asked = write(tmp_path / "r.jsonl", [line(index) for index in range(4)])
+    run(asked, tmp_path / "out")
+    write(asked, [line(index) for index in range(3)])
+    assert run(asked, tmp_path / "out")["kept"] == 3
+    assert "1 pictures that are not asked for any more" in caplog.text
+
+
 def command(bundle: Bundle, requests: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "serving.batch", str(requests), "--bundle", str(bundle.path),
             "--out", str(out), "--threads=1", "--gate=off", "--batch=1", *more]  # fmt: skip

@@ -16,7 +16,7 @@ def entry(name: str = "a", attempt: int = 0, state: str = "kept", time: str = "1
 
 
 def test_what_was_appended_is_read_again(tmp_path: Path) -> None:
-    wanted = replace(entry(), reasons=("é\nü",), measures={"size": "small", "found": True})
+    wanted = replace(entry(), reasons=("é\nü",), measures='{"size": "small", "found": true}')
     with Journal.open(tmp_path, "1-of-2") as journal:
         journal.append([wanted])
     with Journal.open(tmp_path, "2-of-2") as journal:
@@ -44,7 +44,16 @@ def test_a_damaged_line_is_drawn_again_and_its_neighbours_are_not(tmp_path: Path
         journal.append([entry(name) for name in "abc"])
         file = journal.path
     lines = file.read_bytes().split(b"\n")
-    for damage in (b"\0" * 20, b"{}", b"[]", lines[1].replace(b"kept", b"lost"), b"[" * 9999):
+    wrong = lines[1].replace(b'"time": "1"', b'"time": 1')
+    assert wrong != lines[1]
+    for damage in (
+        wrong,
+        b"\0" * 20,
+        b"{}",
+        b"[]",
+        lines[1].replace(b"kept", b"lost"),
+        b"[" * 9999,
+    ):
         file.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]))
         assert set(read(tmp_path).kept) == {"a", "c"}
         assert "line 2" in caplog.text
@@ -83,8 +92,29 @@ def test_the_next_try_is_the_first_that_is_not_settled(tmp_path: Path) -> None:
     assert ledger.next_attempt("a", 3) == 1
     assert ledger.next_attempt("a", 1) is None
     assert ledger.next_attempt("new", 1) == 0
+    assert ledger.has_failed("a", 3)
+    assert not ledger.has_failed("a", 1)
     ledger.add(entry("a", 1, "kept"))
     assert ledger.next_attempt("a", 3) is None
-    assert not ledger.failed
+    assert not ledger.has_failed("a", 3)
     ledger.forget(ledger.kept["a"])
     assert ledger.next_attempt("a", 3) == 1
+
+
+def test_of_two_words_on_one_try_the_later_holds(tmp_path: Path) -> None:
+    with Journal.open(tmp_path, "1-of-1") as journal:
+        journal.append([entry("a", 0, "kept", "1"), entry("a", 0, "rejected", "2")])
+        journal.append([entry("b", 0, "rejected", "1"), entry("b", 0, "kept", "2")])
+    ledger = read(tmp_path)
+    assert set(ledger.kept) == {"b"}
+    assert {name: set(tries) for name, tries in ledger.rejected.items()} == {"a": {0}, "b": set()}
+
+
+def test_what_is_kept_stays_kept_though_another_clock_is_ahead(tmp_path: Path) -> None:
+    with Journal.open(tmp_path, "1-of-2") as journal:
+        journal.append([entry("a", 0, "failed", "9")])
+    with Journal.open(tmp_path, "2-of-2") as journal:
+        journal.append([entry("a", 0, "kept", "1")])
+    ledger = read(tmp_path)
+    assert ledger.next_attempt("a", 1) is None
+    assert not ledger.has_failed("a", 1)

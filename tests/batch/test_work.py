@@ -12,6 +12,7 @@ from dermaflux.errors import Cancelled, EngineError
 from dermaflux.images import read_marks
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import Lesion
+from serving.batch.deaths import Deaths
 from serving.batch.gate import Verdict
 from serving.batch.items import Item, default_name, item_seed
 from serving.batch.job import Folder, Job
@@ -134,7 +135,7 @@ def test_a_bad_item_never_fails_its_neighbours(fake_pipeline, tmp_path) -> None:
     count, ledger = run(fake_pipeline, tmp_path, wanted)
     assert (count.kept, count.failed) == (1, 0)
     assert len(ledger.kept) == 7
-    assert not ledger.failed
+    assert not any(ledger.has_failed(one.name, 1) for one in wanted)
 
 
 def test_when_all_fail_it_is_the_engine_and_the_night_is_not_lost(fake_pipeline, tmp_path) -> None:
@@ -177,6 +178,44 @@ def test_rejected_items_are_tried_with_other_seeds_and_stay_with_their_reason(
     ours = {name: data for name, data in pictures(tmp_path).items() if not name.startswith("b/")}
     assert pictures(tmp_path / "b") == ours
     assert run(fake_pipeline, tmp_path, wanted, gate=gate, attempts=3)[0].kept == 0
+
+
+def test_many_bad_items_do_not_stop_the_good_ones_after_them(fake_pipeline, tmp_path) -> None:
+    good = fake_pipeline.engines["vae_decoder"]
+
+    def small_only(inputs):
+        if inputs["latent_sample"].shape[2] > 4:
+            raise EngineError("too large")
+        return good.run(inputs)
+
+    sick = Pipeline(
+        fake_pipeline.model, fake_pipeline.schedule, fake_pipeline.limits, fake_pipeline.defaults,
+        fake_pipeline.tokenizers, {**fake_pipeline.engines, "vae_decoder": Fake(small_only)},
+    )  # fmt: skip
+    wanted = [
+        replace(one, request=replace(one.request, height=64 if 8 <= one.index < 60 else 32))
+        for one in items(fake_pipeline, 80)
+    ]
+    count, _ = run(sick, tmp_path, wanted)
+    assert (count.kept, count.failed) == (28, 52)
+
+
+def test_an_item_over_which_processes_died_is_drawn_alone_and_at_last_given_up(
+    fake_pipeline, tmp_path
+) -> None:
+    wanted = items(fake_pipeline, 8)
+    file = tmp_path / "deaths.json"
+    for _ in range(4):
+        Deaths(file).begin([wanted[2].name, wanted[5].name])
+    run(fake_pipeline, tmp_path / "alone", wanted, deaths=Deaths(file))
+    run(fake_pipeline, tmp_path / "whole", wanted)
+    assert pictures(tmp_path / "alone") == pictures(tmp_path / "whole")
+    for _ in range(5):
+        Deaths(file).begin([wanted[2].name])
+    count, ledger = run(fake_pipeline, tmp_path / "given", wanted, deaths=Deaths(file))
+    assert (count.kept, count.failed) == (7, 1)
+    assert "process died 5 times" in ledger.failed[wanted[2].name].reasons[0]
+    assert run(fake_pipeline, tmp_path / "given", wanted, deaths=Deaths(file))[0].kept == 1
 
 
 def test_an_item_with_a_seed_of_its_own_has_one_try(fake_pipeline, tmp_path) -> None:

@@ -3,11 +3,11 @@
     python -m training.intake models/mini/classifier --data ISIC2017 --data HAM10000
 
 It is fitted on training pictures, every other one prepared otherwise (`training.preparation`), its
-limits are set on validation pictures in both forms, and every figure is of test pictures: how
-many real ones are refused by source and label, and how many of each kind of outlier pass
-(`training.outliers`; `--outliers FOLDER` adds pictures of your own that are no lesions). Writes
-`intake.npz` (statistics) and, last, `intake.json` (limits and figures) beside the classifier's
-weights, from where the export takes them into a bundle.
+limits are set on validation pictures in both forms, and every figure is of test pictures: how many
+real ones are refused by source and label, and how many of each kind of outlier, sent as a JPEG,
+pass (`training.outliers`; `--outliers FOLDER` adds pictures of your own that are no lesions).
+Writes `intake.npz` (statistics) and, last, `intake.json` (limits and figures) beside the
+classifier's weights, from where the export takes them into a bundle.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dermaflux.bundle import sha256
 from dermaflux.checkpoint import INTAKE, STATISTICS, classifier_spec
 from dermaflux.command import ended
 from dermaflux.engines import Engine, eager
+from dermaflux.flow import Floats
 from dermaflux.images import FORMATS
 from dermaflux.intake import arrays_of
 from dermaflux.manifest import ClassifierSpec, IntakeSpec
@@ -51,7 +52,7 @@ from training.intake_fit import (
     verdicts,
 )
 from training.outliers import KINDS
-from training.preparation import prepared
+from training.preparation import compressed, prepared
 from training.textures import texture
 
 log = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ class Recipe:
     components: int = 12
     darkest: float = 64.0  # grey value: the limit of `light` is never above it
     drawn: int = 1500  # textures that lesions are told from
-    lesion_axes: int = 110
-    lesion_components: int = 6
+    lesion_axes: int = 60
+    lesion_components: int = 10
     outliers: int = 100  # test pictures that each kind of outlier is made of
     seed: int = 0
 
@@ -105,10 +106,7 @@ def run(
     shown = (recipe.axes, recipe.components, recipe.seed)
     appearance, features = fitted(train.looks, *shown), fitted(train.both, *shown)
 
-    drawn = np.stack([
-        describe(square(texture(np.random.default_rng([recipe.seed, number]))))
-        for number in tqdm(range(recipe.drawn), "textures")
-    ])  # fmt: skip
+    drawn = _drawn(recipe)
     lesions = fitted(train.looks, recipe.lesion_axes, recipe.lesion_components, recipe.seed)
     textures = mixed(lesions, drawn, recipe.lesion_components, recipe.seed)
     densities = (appearance, features, lesions, textures)
@@ -180,6 +178,16 @@ def _training(
     return look(tqdm(mixed, "train", len(rows)), spec, engine)
 
 
+def _drawn(recipe: Recipe) -> Floats:
+    """Descriptions of drawn textures, prepared as lesions are: else what tells them apart would be
+    that no camera or JPEG was between."""
+    looks = []
+    for number in tqdm(range(recipe.drawn), "textures"):
+        random = np.random.default_rng([recipe.seed, number])
+        looks.append(describe(square(prepared(texture(random), random))))
+    return np.stack(looks)
+
+
 def _lesions(
     name: str, samples: Sequence[data.Sample], spec: ClassifierSpec, engine: Engine, seed: int
 ) -> Lesions:
@@ -218,7 +226,7 @@ def _made(name: str, samples: Sequence[data.Sample], recipe: Recipe) -> Iterator
         random = np.random.default_rng([recipe.seed, *name.encode(), number])
         made = KINDS[name].make(picture, mask, random)
         if made is not None:
-            yield made
+            yield compressed(made, random)
 
 
 def _own(folder: Path) -> Iterator[Image.Image]:

@@ -44,7 +44,12 @@ def prepared(picture: Image.Image, random: np.random.Generator) -> Image.Image:
         found = found.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for kind in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         found = kind(found).enhance(float(random.uniform(0.9, 1.1)))
+    return compressed(found, random)
+
+
+def compressed(picture: Image.Image, random: np.random.Generator) -> Image.Image:
+    """A picture as a JPEG of quality 60 to 95 has it, as nearly all that are sent are."""
     stream = io.BytesIO()
-    found.save(stream, "JPEG", quality=int(random.integers(60, 96)))
+    picture.save(stream, "JPEG", quality=int(random.integers(60, 96)))
     with Image.open(stream) as again:
         return again.convert("RGB")

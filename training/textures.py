@@ -3,9 +3,9 @@
 A density knows which pictures are unusual, and a cat is no more unusual than a hairy lesion. What
 it lacks is a picture of the other side. Photographs of everything else are many and not ours; drawn
 textures with their statistics tell lesions from most of them, if both are prepared alike
-(`training.preparation`): unprepared, they are told apart by the JPEG alone. Sources: Hendrycks, Mazeika and
-Dietterich, Deep Anomaly Detection with Outlier Exposure (2019); dead leaves: Lee, Mumford and
-Huang, Occlusion Models for Natural Images (2001). No photograph is used in the fit.
+(`training.preparation`): unprepared, they are told apart by the JPEG alone. Sources: Hendrycks,
+Mazeika and Dietterich, Deep Anomaly Detection with Outlier Exposure (2019); dead leaves: Lee,
+Mumford and Huang, Occlusion Models for Natural Images (2001). No photograph is used in the fit.
 
     >>> texture(np.random.default_rng(0))
     <PIL.Image.Image image mode=RGB size=224x224>

@@ -1,4 +1,4 @@
-"""The command on a Ray cluster of this machine, with two workers, one of which is killed."""
+"""The command on a Ray cluster of this machine, with two workers, some of which are killed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dermaflux.bundle import Bundle
+from dermaflux.errors import EngineError
+from serving.batch import __main__ as command_line
+from serving.batch import connection
 from serving.batch.__main__ import main
+from serving.batch.maker import Try
+from serving.batch.settings import Settings
 from tests.batch.test_batch import command, line, made, pictures, started, write
 
 
@@ -58,6 +64,106 @@ def test_a_stopped_cluster_job_goes_on_without_one(tiny_bundle: Bundle, tmp_path
     assert 5 <= there < 300
     assert main(command(tiny_bundle, asked, out)[3:]) == 0
     assert sum(1 for _ in pictures(out)) == 300
+
+
+class Deadly(Try):
+    """It ends every process of others that reads it, as one does that exhausts memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return survived, (os.getpid(), self.item, self.attempt, self.request)
+
+
+class Mistaken(Deadly):
+    """It cannot be read in other processes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return mistaken, (os.getpid(), self.item, self.attempt, self.request)
+
+
+def survived(born: int, *values: Any) -> Try:
+    if os.getpid() != born:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Deadly(*values)
+
+
+def mistaken(born: int, *values: Any) -> Try:
+    if os.getpid() != born:
+        raise ArithmeticError("a mistake of ours")
+    return Mistaken(*values)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Try], str], None]:
+    """Makes the try of one item one of those above."""
+
+    def poison(kind: type[Try], name: str) -> None:
+        own = command_line.remaining
+
+        def remaining(*values: Any) -> Iterator[Try]:
+            for one in own(*values):
+                is_it = one.item.name == name
+                yield kind(one.item, one.attempt, one.request) if is_it else one
+
+        monkeypatch.setattr(command_line, "remaining", remaining)
+
+    return poison
+
+
+def test_an_item_that_ends_its_process_fails_and_no_other_does(
+    tiny_bundle, tmp_path, capsys, poisoned
+) -> None:
+    asked = write(tmp_path / "r.jsonl", [line(index) for index in range(20)])
+    out = tmp_path / "out"
+    poisoned(Deadly, "0000009")
+    status = main(command(tiny_bundle, asked, out, "--ray", "--batch=4")[3:])
+    said = capsys.readouterr()
+    assert status == 1, said.err
+    told = json.loads(said.out.splitlines()[-1])
+    assert (told["kept"], told["failed"], told["drawn"]) == (19, 1, 19)
+    (failed,) = [json.loads(one) for one in (out / "failed.jsonl").read_text().splitlines()]
+    assert failed["id"] == "0000009"
+    assert "its process died 3 times" in failed["reason"]
+
+
+def test_a_mistake_of_ours_ends_the_command(tiny_bundle, tmp_path, capsys, poisoned) -> None:
+    asked = write(tmp_path / "r.jsonl", [line(index) for index in range(4)])
+    poisoned(Mistaken, "0000002")
+    status = main(command(tiny_bundle, asked, tmp_path / "out", "--ray", "--workers=1")[3:])
+    assert status == 2
+    assert "ArithmeticError: a mistake of ours" in capsys.readouterr().err
+
+
+def test_why_no_worker_can_start_is_told(tiny_bundle, tmp_path, capsys) -> None:
+    asked = write(tmp_path / "r.jsonl", [line(0)])
+    more = ("--ray", "--workers=1", "--engine=onnxruntime-cuda")
+    status = main(command(tiny_bundle, asked, tmp_path / "out", *more)[3:])
+    assert status == 2
+    said = capsys.readouterr().err
+    assert "the cluster cannot draw: no engine can run" in said
+    assert "SystemException" not in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1: .*refused"),
+        ("head", "no Ray cluster at head: that is no HOST:PORT"),
+        ("head:99999", "that is no HOST:PORT"),
+        ("ray://127.0.0.1:10001", "only the cluster itself can be joined"),
+        ("auto", "no Ray cluster at auto: .*refused"),
+    ],
+)
+def test_an_address_without_a_cluster_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, words: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(EngineError, match=words):
+        connection.reachable(Settings(out=tmp_path / "out", ray=address))
+
+
+def test_without_an_address_nothing_is_reached_for(tmp_path: Path) -> None:
+    connection.reachable(Settings(out=tmp_path / "out"))
+    connection.reachable(Settings(out=tmp_path / "out", ray="local"))
 
 
 def test_a_cluster_that_is_not_there_is_told(tiny_bundle, tmp_path, capsys) -> None:

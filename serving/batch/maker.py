@@ -111,7 +111,8 @@ class Maker:
         if tools.gate is not None:
             judge = None
             if tools.gate.agreement != "none" and bundle.classifier is not None:
-                judge = Classifier.open(bundle, threads=tools.threads)
+                # Its own gate is for photographs, and refuses what is smoother than they are.
+                judge = Classifier.open(bundle, threads=tools.threads, gated=False)
             seen = None if tools.seen is None else Index.load(tools.seen)
             gate = Gate(tools.gate, judge, seen)
         return cls(pipeline, gate, _details(bundle, pipeline.choices, threads))

@@ -1,7 +1,7 @@
 """What a picture needs to pass the gate: `Thresholds`, read strictly from a YAML file.
 
-    agreement: decision     # the classifier's decision is not the other label; `none`; or a number:
-                            # the calibrated probability of the asked label that is needed, 0..1
+    agreement: 0.05         # calibrated probability of the asked label that is needed, 0..1; or
+                            # `decision`: the classifier's is not the other label; or `none`
     attributes: [lesion, size, colors]  # what must be seen; [] to measure only; `none` to not even
     size_steps: 1           # how far from the asked size: small, medium, large, edge
     color_share: 0.02       # of the lesion's pixels that are not skin, for every colour asked for
@@ -11,7 +11,7 @@
 These are the defaults; a file may leave keys out. Each is in the job's manifest.
 
     >>> Thresholds.open(Path("gate.yaml"))
-    Thresholds(agreement='decision', attributes=('lesion', 'size', 'colors'), size_steps=1, ...)
+    Thresholds(agreement=0.05, attributes=('lesion', 'size', 'colors'), size_steps=1, ...)
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ class Thresholds:
 
     The defaults were taken from the 585 test photographs of ISIC 2017, whose labels are experts'
     and whose attributes were measured with masks. Of these a rule rejects: no lesion, 1.4 %; size
-    off by more than one step, 5 % (off at all, 27 %); a colour under 0.02, 1.0 %. The embedded
-    bundle's classifier decides against 39 % of the benign and 3 % of the malignant photographs,
-    since its threshold is one of high sensitivity: so does the gate, where `decision` is asked.
+    off by more than one step, 5 % (off at all, 27 %); a colour under 0.02, 1.0 %. A
+    label to which the embedded bundle's calibrated classifier gives less than one chance in twenty:
+    none of the benign, 5 % of the malignant. `decision` would reject 39 % and 3 %, for the
+    threshold of that classifier is one of high sensitivity.
 
     Raises:
         DatasetError: a value is of another type or out of range; the message names the key.
     """
 
-    agreement: str | float = DECISION
+    agreement: str | float = 0.05
     attributes: tuple[str, ...] | None = SEEN
     size_steps: int = 1
     color_share: float = 0.02

@@ -18,6 +18,7 @@ setup: .venv/.complete
 # A new bundle wherever the weights or the form of bundles change. Eight prompts are compared here,
 # to be quick; `python -m export models/mini` compares sixty-four.
 bundles/mini/bundle.json: models/mini/provenance.json models/mini/classifier/report.json \
+		models/mini/classifier/intake.json \
 		dermaflux/manifest.py | .venv/.complete
 	$(BIN)/python -m export models/mini --out bundles/mini --prompts 8
 

@@ -25,6 +25,7 @@ from typing import Any, Final, NoReturn, TypeAlias
 from dermaflux.dataset import SEXES
 from dermaflux.errors import DatasetError
 from dermaflux.prompt import VOCABULARY
+from serving.batch.documents import written
 
 LISTS: Final = ("colors", "structures")
 OLDEST: Final = 130
@@ -74,7 +75,7 @@ def weight(where: str, given: object) -> Fraction:
     """
     number = isinstance(given, int | float) and not isinstance(given, bool)
     if not number or (isinstance(given, float) and not math.isfinite(given)) or given < 0:  # type: ignore[operator]
-        refuse(where, f"{given!r} is no weight; use a number from 0 on")
+        refuse(where, f"{written(given)} is no weight; use a number from 0 on")
     return Fraction(str(given))
 
 
@@ -95,10 +96,10 @@ def _value(where: str, name: str, given: Any) -> Value:
     if name in LISTS:
         words = given.split(" and ") if isinstance(given, str) else given
         if not isinstance(words, list):
-            refuse(where, f"needs words, not {given!r}")
+            refuse(where, f"needs words, not {written(given)}")
         known = [_word(where, name, word) for word in words]
         if len(set(known)) != len(known):
-            refuse(where, f"{given!r} names a word twice")
+            refuse(where, f"{written(given)} names a word twice")
         return tuple(word for word in VOCABULARY[name] if word in known)
     if isinstance(given, list):
         refuse(where, "needs one word, or words with weights: {word: 1, another: 1}")
@@ -107,12 +108,13 @@ def _value(where: str, name: str, given: Any) -> Value:
 
 def _word(where: str, name: str, given: object) -> str:
     if not isinstance(given, str):
-        refuse(where, f"needs a word, not {given!r}; put a word that YAML misreads in quotes")
+        why = "put a word that YAML misreads in quotes"
+        refuse(where, f"needs a word, not {written(given)}; {why}")
     known = SEXES if name == "sex" else VOCABULARY.get(name)
     if known is not None and given not in known:
-        refuse(where, f"{given!r} is not known; use {', '.join(known)}")
+        refuse(where, f"{written(given)} is not known; use {', '.join(known)}")
     if known is None and (not given.strip() or not given.isprintable()):
-        refuse(where, f"{given!r} is no plain text")
+        refuse(where, f"{written(given)} is no plain text")
     return given
 
 
@@ -124,7 +126,8 @@ def _years(where: str, given: object) -> range:
     elif isinstance(given, str) and (match := _RANGE.fullmatch(given.strip())):
         low, high = int(match[1]), int(match[2])
     if type(low) is not int or type(high) is not int or not 0 <= low <= high <= OLDEST:
-        refuse(where, f"{given!r} is no age; use whole years such as 45, or 20-39, up to {OLDEST}")
+        why = f"is no age; use whole years such as 45, or 20-39, up to {OLDEST}"
+        refuse(where, f"{written(given)} {why}")
     return range(low, high + 1)
 
 

@@ -10,6 +10,7 @@ are errors here, with their line. Only safe values are made: texts, numbers, lis
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +22,11 @@ MAX_DEPTH: Final = 16
 """Lists and mappings in each other; a plan needs five."""
 MAX_SAID: Final = 200
 """Characters of the library's own sentences, which quote tags and words whole."""
+MAX_DIGITS: Final = 300
+"""Characters of a whole number: floats end there, and Python does not even print much longer."""
+_TOO_LONG: Final = (
+    f"it goes on for more than {MAX_DIGITS} characters, and no key takes such a number"
+)
 _PLAIN: Final = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 
@@ -55,6 +61,21 @@ def read(file: Path) -> Any:
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())[:MAX_SAID]
         raise DatasetError(f"{file} is not YAML: {said}") from error
+
+
+def written(value: object) -> str:
+    """A value as it stands in a file, YAML or JSON: null, true, [1]; texts in quotes.
+
+    >>> written({"a": [None, True]})
+    "{'a': [null, true]}"
+    """
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(written(one) for one in value)}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{written(k)}: {written(v)}" for k, v in value.items()) + "}"
+    return repr(value)
 
 
 def _text(file: Path) -> str:
@@ -102,16 +123,20 @@ def _value(file: Path, yaml: Any, loader: Any, node: Any) -> Any:
     line = node.start_mark.line + 1
     if isinstance(node, yaml.ScalarNode):
         try:
-            return loader.construct_object(node)
+            made = loader.construct_object(node)
         # A date of month 13, a number of 5,000 digits, !!int of a word.
         except (ValueError, OverflowError) as error:
-            raise DatasetError(
-                f"{file}, line {line}: {node.value[:40]!r}: {str(error)[:MAX_SAID]}"
-            ) from error
+            said = str(error)[:MAX_SAID]
+            if len(node.value) > MAX_DIGITS:  # Python's own words are advice to programmers
+                said = _TOO_LONG
+            raise DatasetError(f"{file}, line {line}: {node.value[:40]!r}: {said}") from error
         # !!bool of a word that is none.
         except KeyError as error:
             said = f"{node.value[:40]!r} is no value of its tag"
             raise DatasetError(f"{file}, line {line}: {said}") from error
+        if isinstance(made, int) and len(node.value) > MAX_DIGITS:
+            raise DatasetError(f"{file}, line {line}: {node.value[:40]!r}: {_TOO_LONG}")
+        return made
     if node.tag not in _PLAIN:
         raise DatasetError(
             f"{file}, line {line}: the tag {node.tag[:MAX_SAID]} is not taken; leave it out"

@@ -22,6 +22,7 @@ from dermaflux.errors import DatasetError, RequestError
 from dermaflux.prompt import DIAGNOSES, VOCABULARY
 from dermaflux.request import validate
 from serving.batch.choices import Choice, choice, refuse
+from serving.batch.documents import written
 from serving.batch.requests import DETAILS, SETTINGS, require_wording
 from serving.batch.sizes import sizes
 from serving.batch.template import Template
@@ -70,7 +71,7 @@ def groups(file: Path, plan: object, bundle: Bundle) -> list[Group]:
         DatasetError: a key or a value is wrong; it begins with the file and the key's path.
     """
     if not isinstance(plan, Mapping):
-        refuse(str(file), f"needs a mapping with groups, not {plan!r}")
+        refuse(str(file), f"needs a mapping with groups, not {written(plan)}")
     _check_keys(str(file), plan, PLAN)
     listed = plan.get("groups")
     if not isinstance(listed, list) or not listed:
@@ -78,7 +79,8 @@ def groups(file: Path, plan: object, bundle: Bundle) -> list[Group]:
     for number, one in enumerate(listed):
         where = f"{file}: groups[{number}]"
         if not isinstance(one, Mapping):
-            refuse(where, f"needs a mapping such as {{count: 10, label: benign}}, not {one!r}")
+            example = "{count: 10, label: benign}"
+            refuse(where, f"needs a mapping such as {example}, not {written(one)}")
         _check_keys(where, one, GROUP)
     numbers = sizes(file, plan.get("total"), listed)
     datasets: dict[Path, list[Record]] = {}
@@ -91,7 +93,7 @@ def groups(file: Path, plan: object, bundle: Bundle) -> list[Group]:
 def _check_keys(where: str, given: Mapping[Any, Any], known: tuple[str, ...]) -> None:
     for key in given:
         if key not in known:
-            refuse(where, f"{key!r} is not known; use {', '.join(known)}")
+            refuse(where, f"{written(key)} is not known; use {', '.join(known)}")
 
 
 def _group(
@@ -135,13 +137,13 @@ def _records(
             refuse(f"{where}.split", "says which records of like to take, and there is no like")
         return ()
     if not isinstance(like, str) or not like.strip() or not like.isprintable():
-        refuse(f"{where}.like", f"needs the folder of a dataset, not {like!r}")
+        refuse(f"{where}.like", f"needs the folder of a dataset, not {written(like)}")
     for name in VOCABULARY:
         if name in choices and name != "label":
             refuse(f"{where}.{name}", "is drawn from like; leave one of the two out")
     split = "train" if split is None else split
     if split not in SPLITS:
-        refuse(f"{where}.split", f"{split!r} is not known; use {', '.join(SPLITS)}")
+        refuse(f"{where}.split", f"{written(split)} is not known; use {', '.join(SPLITS)}")
     label = choices.pop("label", None)
     if label is not None and len(label) > 1:
         refuse(f"{where}.label", "needs one word beside like; make a group for each label")
@@ -189,7 +191,7 @@ def _template(
     if given is None:
         given = "{caption}"
     if not isinstance(given, str):
-        refuse(place, f"needs a text, not {given!r}")
+        refuse(place, f"needs a text, not {written(given)}")
     try:
         template = Template(given)
         if "caption" in template.fields:

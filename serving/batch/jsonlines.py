@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from dermaflux.errors import DatasetError
+from serving.batch.documents import written
 
 MAX_LINE: Final = 2**16
 """Bytes. The longest prompt that a request may have, every character escaped, takes 24,000."""
@@ -58,11 +59,15 @@ def parsed(text: str | None) -> dict[str, Any]:
     if text is None:
         raise ValueError(f"has more than {MAX_LINE} bytes")
     try:
-        row = json.loads(text, object_pairs_hook=_once, parse_constant=_refused)
+        # A line's end is no place in it, of which to complain.
+        row = json.loads(
+            text.rstrip(" \t\r\n"),
+            object_pairs_hook=_once, parse_constant=_refused, parse_int=_whole,
+        )  # fmt: skip
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg}, column {error.colno})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"needs a JSON object, not {row!r}")
+        raise ValueError(f"needs a JSON object, not {written(row)}")
     return row
 
 
@@ -90,6 +95,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"names {key!r} twice; keep one")
         row[key] = value
     return row
+
+
+def _whole(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError:  # Python's own words are advice to programmers
+        raise ValueError(
+            f"has a number of {len(digits.lstrip('-'))} digits, which no key takes"
+        ) from None
 
 
 def _refused(word: str) -> NoReturn:

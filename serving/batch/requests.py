@@ -24,6 +24,7 @@ from dermaflux.dataset import Record
 from dermaflux.errors import DatasetError, RequestError
 from dermaflux.prompt import VOCABULARY, WORDING, Lesion, caption
 from dermaflux.request import Request, validate
+from serving.batch.documents import written
 from serving.batch.items import Bad, Item, default_name, item_seed, named
 from serving.batch.jsonlines import lines, parsed, plain
 
@@ -185,11 +186,13 @@ class _Wanted:
 def _merged(lesion: object, words: Mapping[str, Any]) -> dict[str, Any]:
     """The attributes of a lesion and those beside it, which may not contradict each other."""
     if not isinstance(lesion, Mapping):
-        raise ValueError(f"lesion needs an object, not {lesion!r}")
+        raise ValueError(f"lesion needs an object, not {written(lesion)}")
     for key, value in words.items():
         inner = lesion.get(key)
         if inner is not None and not _same(inner, value):
-            raise ValueError(f"{key} is {value!r}, but lesion.{key} is {inner!r}; keep one")
+            raise ValueError(
+                f"{key} is {written(value)}, but lesion.{key} is {written(inner)}; keep one"
+            )
     return {**words, **{key: value for key, value in lesion.items() if value is not None}}
 
 

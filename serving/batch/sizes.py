@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from serving.batch import quotas
 from serving.batch.choices import refuse, weight
+from serving.batch.documents import written
 
 MAX_PICTURES: Final = 1_000_000
 """Months on one GPU; what is more is a slip of the finger, or several jobs."""
@@ -65,5 +66,5 @@ def sizes(file: Path, total: object, groups: Sequence[Mapping[str, Any]]) -> lis
 
 def _count(where: str, given: object) -> int:
     if type(given) is not int or not 1 <= given <= MAX_PICTURES:
-        refuse(where, f"{given!r} is no number of pictures; use 1 to {MAX_PICTURES}")
+        refuse(where, f"{written(given)} is no number of pictures; use 1 to {MAX_PICTURES}")
     return given

@@ -25,6 +25,7 @@ from typing import Any, Final
 from dermaflux.duplicates import SAME
 from dermaflux.errors import DatasetError
 from dermaflux.prompt import SIZES
+from serving.batch import documents
 
 OFF: Final = "none"
 DECISION: Final = "decision"
@@ -78,28 +79,14 @@ class Thresholds:
         """The thresholds of a YAML file.
 
         Raises:
-            DatasetError: it cannot be read, is no YAML, has a key that is unknown or stands twice,
-                or a value that `Thresholds` refuses; the message names file and key.
+            DatasetError: `documents.read` refuses it, a key is unknown, or `Thresholds` refuses a
+                value; the message names file and key.
         """
-        import yaml  # type: ignore[import-untyped]
-
-        try:
-            text = file.read_text(encoding="utf-8")
-            content = yaml.safe_load(text)
-            # PyYAML lets the last of two equal keys win, without a word.
-            tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        except OSError as error:
-            raise DatasetError(f"{file} cannot be read: {error.strerror or error}") from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise DatasetError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+        content = documents.read(file)
         if content is None:
             return cls()
         if not isinstance(content, Mapping):
             raise DatasetError(f"{file} needs keys with values, such as `agreement: {DECISION}`")
-        keys = [str(key.value) for key, _ in tree.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise DatasetError(f"{file} has the key {key!r} twice; keep one of them")
         try:
             return cls.from_mapping(content)
         except DatasetError as error:
@@ -116,7 +103,7 @@ class Thresholds:
         given: dict[str, Any] = {}
         for key, value in content.items():
             if key not in known:
-                raise DatasetError(f"{key!r} is not a key; use {', '.join(known)}")
+                raise DatasetError(f"{documents.written(key)} is not a key; use {', '.join(known)}")
             if value is None:
                 raise DatasetError(f"{key} has no value; give one, or leave the key out")
             off = value is False or value == OFF
@@ -142,13 +129,15 @@ class Thresholds:
                     f"use {', '.join(SEEN)}"
                 )
             if word not in SEEN:
-                raise DatasetError(f"attributes: {word!r} is not known; use {', '.join(SEEN)}")
+                raise DatasetError(
+                    f"attributes: {documents.written(word)} is not known; use {', '.join(SEEN)}"
+                )
         if len(set(words)) != len(words):
-            raise DatasetError(f"attributes: {list(words)} names a word twice")
+            raise DatasetError(f"attributes: {documents.written(words)} names a word twice")
         # JSON has lists alone: what a manifest gives back is what was written.
         object.__setattr__(self, "attributes", tuple(words))
 
 
 def _wrong(key: str, value: object, needed: str) -> DatasetError:
-    text = repr(value)
+    text = documents.written(value)
     return DatasetError(f"{key} is {text if len(text) < 60 else text[:57] + '...'}; use {needed}")

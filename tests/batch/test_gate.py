@@ -75,7 +75,7 @@ def test_thresholds_of_a_file(tmp_path, text, expected):
         ("agreemnt: 0.5\n", "'agreemnt' is not a key; use agreement,"),
         ("agreement: label\n", "agreement is 'label'; use `decision`, `none`, or a number"),
         ("agreement: 1.5\n", "agreement is 1.5; .* from 0 to 1"),
-        ("agreement: true\n", "agreement is True"),
+        ("agreement: true\n", "agreement is true"),
         ("agreement: .nan\n", "agreement is nan"),
         ("agreement:\n", "agreement has no value"),
         ("attributes: size\n", "attributes is 'size'; use `none`, or a list"),
@@ -85,17 +85,20 @@ def test_thresholds_of_a_file(tmp_path, text, expected):
         ("attributes: [[size]]\n", r"\['size'\] is not known"),
         ("size_steps: 1.0\n", "size_steps is 1.0; use a whole number"),
         ("size_steps: 4\n", "size_steps is 4"),
-        ("size_steps: true\n", "size_steps is True"),
+        ("size_steps: true\n", "size_steps is true"),
         ("size_steps: none\n", "size_steps cannot be off"),
         ("color_share: -0.1\n", "color_share is -0.1"),
         ("nearest: '0.7'\n", "nearest is '0.7'"),
         ("copies: 0.5\n", "copies is 0.5; .* from 0.7 to 1"),
-        ("copies: 0.8\ncopies: 0.9\n", "has the key 'copies' twice"),
+        ("copies: 0.8\ncopies: 0.9\n", "line 2: 'copies' stands there twice"),
         ("- agreement\n", "needs keys with values"),
-        ("agreement: [\n", "is no YAML"),
-        ("agreement: !!python/object/apply:os.getcwd []\n", "is no YAML"),
-        ("copies: 2001-99-99\n", "is no YAML"),
-        ("a: " + "[" * 1000 + "\n", "is no YAML"),
+        ("attributes: [null]\n", "attributes: null is not known"),
+        ("agreement: [\n", "line 2: expected the node content"),
+        ("agreement: !!python/object/apply:os.getcwd []\n", "line 1: the tag .* is not taken"),
+        ("copies: 2001-99-99\n", "line 1: '2001-99-99': month"),
+        ("a: " + "[" * 1000 + "\n", "line 1: .* too deeply"),
+        ("nearest: &a 0.7\ncopies: *a\n", "line 2: aliases"),
+        ("nearest: " + "7" * 5000 + "\n", "line 1: .*more than 300 characters"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path, text, words):
@@ -106,10 +109,10 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, text, words):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(DatasetError, match="cannot be read"):
+    with pytest.raises(DatasetError, match="there is no file"):
         Thresholds.open(tmp_path / "none.yaml")
     (tmp_path / "gate.yaml").write_bytes(b"agreement: \xff\n")
-    with pytest.raises(DatasetError, match="is no YAML"):
+    with pytest.raises(DatasetError, match="byte 12 is not UTF-8"):
         Thresholds.open(tmp_path / "gate.yaml")
 
 

@@ -31,12 +31,18 @@ restarts=${RESTARTS:-50}
 
 status=0
 # srun, so that signals reach the command. It does not take over sbatch's --cpus-per-task since 22.05.
-srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-    "$python" -m serving.batch --shard slurm "$@" || status=$?
+# As many threads as CPUs: by itself an engine takes all of the node's, and the last bits of a picture
+# depend on how many they are.
+cpus=${SLURM_CPUS_PER_TASK:-1}
+srun --ntasks=1 --cpus-per-task="$cpus" \
+    "$python" -m serving.batch --shard slurm --threads "$cpus" "$@" || status=$?
 
 case $status in
 0) echo "share done" ;;
-1) echo "some items failed: see failed.jsonl; submit this task again to try them again" >&2 ;;
+1)
+    echo "something failed, see failed.jsonl: submit this task again to try pictures again; lines that" \
+        "are bad do not go away by that, mend them in the file first" >&2
+    ;;
 3) echo "the disk is full: free space, then submit this task again" >&2 ;;
 130)
     # SLURM itself puts back what it preempts, but not what reaches the time limit.

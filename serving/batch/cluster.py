@@ -20,7 +20,8 @@ import pickle
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -160,12 +161,14 @@ class _Taken:
     _engines: set[str] = field(default_factory=set)
     _names: set[str] = field(default_factory=set)
 
-    def all(self, blocks: Iterable[Mapping[str, Any]]) -> None:
-        for block in blocks:
-            for data in block["drawn"]:
-                self._take(pickle.loads(data))
-            if self.cancelled():
-                raise Cancelled("stopped")
+    def all(self, blocks: Generator[Mapping[str, Any]]) -> None:
+        # Left to themselves, Ray's threads outlive the cluster, and end this process.
+        with closing(blocks):
+            for block in blocks:
+                for data in block["drawn"]:
+                    self._take(pickle.loads(data))
+                if self.cancelled():
+                    raise Cancelled("stopped")
 
     def one(self, made: Sequence[Made]) -> None:
         """All tries of an item."""
@@ -193,7 +196,7 @@ class _Taken:
 
 def _blocks(
     settings: Settings, tools: Tools, left: Sequence[Try], gpus: bool, batch: int, lost: int
-) -> Iterator[Mapping[str, Any]]:
+) -> Generator[Mapping[str, Any]]:
     """What comes back of items in blocks; `lost` blocks may not, -1 for any number.
 
     Raises:
@@ -224,7 +227,7 @@ def _blocks(
             max_restarts=_RESTARTS,
             max_task_retries=_DEATHS - 1,
         )
-    return iter(drawn.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0))
+    yield from drawn.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0)
 
 
 def _cause(error: BaseException) -> str:

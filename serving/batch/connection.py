@@ -22,6 +22,8 @@ from dermaflux.errors import EngineError
 from serving.batch.settings import LOCAL, Settings
 
 _SECONDS: Final = 10.0  # for the head of a cluster to answer at all
+_THREADS: Final = ("StreamingExecutor", "iter_threaded")
+"""Of Ray Data. Where one asks anything of a cluster that was left, Ray ends the whole process."""
 _AUTO: Final = "auto"
 """Ray's own word: the cluster of `RAY_ADDRESS`, else the one that this machine is a node of."""
 _EXAMPLE: Final = "10.0.0.1:6379"
@@ -78,6 +80,9 @@ def connected(settings: Settings) -> Iterator[bool]:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield resources.get("GPU", 0) > 0
     finally:
+        for thread in threading.enumerate():
+            if thread.name.startswith(_THREADS):
+                thread.join(_SECONDS)
         ray.shutdown()
 
 

@@ -63,18 +63,18 @@ def test_the_script_starts_a_share_with_its_arguments(tmp_path: Path) -> None:
     status, said, _ = run(tmp_path, *asked, PYTHON="python3")
     assert status == 0
     assert said == [
-        "srun --ntasks=1 --cpus-per-task=4 python3 -m serving.batch --shard slurm "
+        "srun --ntasks=1 --cpus-per-task=4 python3 -m serving.batch --shard slurm --threads 4 "
         "my requests.jsonl --bundle B --out D"
     ]
 
 
 def test_a_share_that_is_named_comes_after_the_scripts_own(tmp_path: Path) -> None:
-    _, (said,), _ = run(tmp_path, "r.jsonl", "--shard", "slurm/0-15")
-    assert said.endswith("--shard slurm r.jsonl --shard slurm/0-15")
+    _, (said,), _ = run(tmp_path, "r.jsonl", "--shard", "slurm/0-15", "--threads", "2")
+    assert said.endswith("--shard slurm --threads 4 r.jsonl --shard slurm/0-15 --threads 2")
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(1, "some items failed"), (2, ""), (3, "free space"), (137, "")]
+    ("status", "words"), [(1, "mend them in the file"), (2, ""), (3, "free space"), (137, "")]
 )
 def test_what_failed_is_not_put_back(tmp_path: Path, status: int, words: str) -> None:
     ended, said, told = run(tmp_path, "r.jsonl", status=status)
@@ -120,6 +120,9 @@ def test_pods_run_the_command_on_what_is_mounted(job: dict[str, Any]) -> None:
     command = container["command"] + container["args"]
     assert command[:4] == ["python", "-m", "serving.batch", "/work/requests.jsonl"]
     assert command[4:8] == ["--bundle", "/bundle", "--out", "/work/out"]
+    # An engine's threads decide its last bits: they are those of the CPUs, not of whatever node.
+    threads = command[command.index("--threads") + 1]
+    assert threads == container["resources"]["requests"]["cpu"]
     mounts = {one["mountPath"]: one for one in container["volumeMounts"]}
     assert mounts.keys() == {"/work", "/bundle", "/tmp"}
     assert mounts["/bundle"]["readOnly"]

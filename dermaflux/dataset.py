@@ -100,7 +100,9 @@ class Record:
         if self.age is not None:
             number = isinstance(self.age, int | float) and not isinstance(self.age, bool)
             if not number or not 0 <= self.age <= 130:
-                raise DatasetError(f"age {reprlib.repr(self.age)} is no number of years; use 0 to 130")
+                raise DatasetError(
+                    f"age {reprlib.repr(self.age)} is no number of years; use 0 to 130"
+                )
         if not self.group:
             object.__setattr__(self, "group", self.file_name)
         # Refuses words that nobody knows, and labels that their diagnosis contradicts.

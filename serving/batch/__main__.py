@@ -33,6 +33,7 @@ from dermaflux.command import ended, parsed
 from dermaflux.errors import Cancelled
 from dermaflux.thumbnails import Index
 from serving.batch.asked import asked, check, tell_cut, thresholds
+from serving.batch.connection import reachable
 from serving.batch.deaths import Deaths
 from serving.batch.finish import Forms, finish
 from serving.batch.items import Bad, Item
@@ -79,6 +80,7 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
     if settings.dry_run:
         print(json.dumps(rehearsal(tools, items, shard, settings)))
         return 0
+    reachable(settings)
     with stopping_when_full(settings.out):
         count, told = go_on(settings, tools, job, bundle, shard, items, bad, cancelled)
     drawn = count.kept + count.rejected

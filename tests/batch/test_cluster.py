@@ -171,6 +171,7 @@ def test_a_cluster_that_is_not_there_is_told(tiny_bundle, tmp_path, capsys) -> N
     status = main(command(tiny_bundle, asked, tmp_path / "out", "--ray=127.0.0.1:1")[3:])
     assert status == 2
     assert "no Ray cluster at 127.0.0.1:1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_ray_the_option_says_what_to_install(tiny_bundle, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,31 @@ def test_a_seen_test_picture_is_refused_or_left_out(
         "11 pictures, 5 malignant, of 12; calling all benign is right for 0.545; 1 left"
         in report.read_text()
     )
+
+
+def test_a_generated_copy_of_a_test_picture_is_not_learnt(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = shutil.copytree(folder / "drawn", tmp_path / "drawn")
+    test = next(s for s in data.read(folder / "real") if s.split == "test")
+    with Image.open(test.file) as image:  # benign, as drawn000 is
+        image.resize((40, 40)).save(drawn / "drawn000.png")
+    generators = {"mini": {"data": str(drawn), "saw": str(folder / "real")}}
+    file = experiment(folder, tmp_path, generators=generators, sizes=[4], seeds=1)
+    out, report = tmp_path / "runs", tmp_path / "report.md"
+    assert main([str(file), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "1 of 24 pictures of generator mini stand in a test" in said
+    assert f"drawn/drawn000.png = real/{test.file.name}" in said
+    assert main([str(file), "--out", str(out), "--leave-out"]) == 0
+    assert main([str(file), "--out", str(out), "--leave-out", "--list"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["done"] == 2
+    for line in journal.lines(out).values():
+        tested = raw.Scores.read(out / line["scores"])
+        assert f"real/{test.file.name}" in tested.picture
+    assert main(["--report", str(out), "--out", str(report)]) == 0
+    assert f"drawn/drawn000.png = real/{test.file.name} of the test" in report.read_text()
+    assert "23 generated pictures to draw from" in report.read_text()
 
 
 def test_one_run_that_fails_leaves_the_others(

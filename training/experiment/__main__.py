@@ -35,7 +35,11 @@ class Settings:
     )
     config: Path | None = option("YAML file of the experiment", None, position=True)
     only: str = option("runs to make, as arm=added,size=500; a field twice: either value", "")
-    leave_out: bool = option("take pictures that were seen in training out of the tests", False)
+    leave_out: bool = option(
+        "take pictures that were seen in training out of the tests, and generated ones that are a "
+        "test's out of what is learnt",
+        False,
+    )
     processes: int = option("runs at a time, each with one thread", 1)
     list: bool = option("say what would be run, and run nothing", False)
     report: Path | None = option("write the report of the runs in this folder", None)
@@ -61,7 +65,7 @@ def work(settings: Settings) -> int:
         raise DatasetError(f"--processes {settings.processes}: 1 or more")
     only = Only.parsed(settings.only)
     if settings.list:
-        print(json.dumps(_listed(config, settings.out, only, settings.processes)))
+        print(json.dumps(_listed(config, only, settings)))
         return 0
     # A worker has one thread for its arithmetic, whatever library does it.
     if settings.processes > 1:
@@ -79,17 +83,21 @@ def work(settings: Settings) -> int:
     return 1 if made.failed else 0
 
 
-def _listed(config: Config, out: Path, only: Only, processes: int) -> dict[str, Any]:
+def _listed(config: Config, only: Only, settings: Settings) -> dict[str, Any]:
+    from training.experiment.guard import pools_apart
     from training.experiment.plan import plan
     from training.experiment.sets import Sets
 
-    asked = plan(config, Sets.read(config), out, only)
+    sets = Sets.read(config)
+    if settings.leave_out:
+        sets, _ = pools_apart(sets, True)
+    asked = plan(config, sets, settings.out, only)
     missing = set(asked.missing)
     for key in asked.wanted:
         print("to do" if key in missing else "done ", key.file)
     return {
         "runs": len(asked.wanted), "done": len(asked.wanted) - len(missing),
-        "hours": round(asked.hours / processes, 2), "of_unknown_time": asked.unknown,
+        "hours": round(asked.hours / settings.processes, 2), "of_unknown_time": asked.unknown,
     }  # fmt: skip
 
 

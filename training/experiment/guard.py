@@ -2,8 +2,10 @@
 
 A test picture that a generator or its captions saw comes back in what it draws, so the gain that
 is measured may be of the test itself. Such pictures make the experiment refuse, or are left out of
-the test by name; nothing is left out silently.
+the test by name; nothing is left out silently. A generated picture that is one of a test is not
+learnt instead: the test stays whole.
 
+    >>> sets, dropped = pools_apart(sets, leave_out=True)
     >>> held = guard(sets, config, leave_out=True)
     >>> held.left_out["test"][0]
     Left(file='isic2017/images/ISIC_0000007.jpg', by='the training ...', seen=..., why=...)
@@ -14,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +36,7 @@ _LISTED: Final = 20
 
 @dataclass(frozen=True)
 class Left:
-    """A test picture, who saw it, as what, and why they are one."""
+    """A picture that is left out, who saw it or where it stands, as what, and why they are one."""
 
     file: str
     by: str
@@ -45,12 +47,14 @@ class Left:
 @dataclass(frozen=True)
 class Guarded:
     """`left_out` are the test pictures that were seen, by test; `saw` what each generator saw;
-    `val_copies` how many validation pictures have a copy among the training ones.
+    `val_copies` how many validation pictures have a copy among the training ones; `dropped` the
+    generated pictures that are one of a test, by generator.
     """
 
     left_out: dict[str, list[Left]]
     saw: dict[str, dict[str, Any]]
     val_copies: int = 0
+    dropped: dict[str, list[Left]] = field(default_factory=dict)
 
     def kept(self, sets: Sets) -> dict[str, list[Sample]]:
         """The tests without them."""
@@ -95,17 +99,57 @@ def guard(sets: Sets, config: Config, leave_out: bool, threads: int = 2) -> Guar
     return Guarded(left, saw, len(leaks.find(val, train, threads)))
 
 
+def pools_apart(
+    sets: Sets, leave_out: bool, threads: int = 2
+) -> tuple[Sets, dict[str, list[Left]]]:
+    """The sets without generated pictures that are one of a test, and those, by generator.
+
+    Raises:
+        DatasetError: there are some and `leave_out` is not said, all of a generator's are, or a
+            picture cannot be read.
+    """
+    if not sets.pools:
+        return sets, {}
+    tests = {name: leaks.index(samples, threads) for name, samples in sets.tests.items()}
+    pools: dict[str, list[Sample]] = {}
+    dropped: dict[str, list[Left]] = {}
+    for generator, pool in sets.pools.items():
+        made = leaks.index(pool, threads)
+        found = {
+            leak.test: Left(
+                sets.names[Path(leak.test)], f"the test {name!r}",
+                sets.names[Path(leak.seen)], leaks.reason(leak),
+            )
+            for name, test in tests.items()
+            for leak in leaks.find(made, test, threads)
+        }  # fmt: skip
+        pools[generator] = [one for one in pool if str(one.file) not in found]
+        dropped[generator] = list(found.values())
+        if found and not leave_out:
+            raise DatasetError(
+                f"{len(found)} of {len(pool)} pictures of generator {generator} stand in a test:\n"
+                + _listed([f"  {v.file} = {v.seen} ({v.why}; {v.by})" for v in found.values()])
+                + "\nlearn without them: --leave-out; or draw others in their place"
+            )
+        if not pools[generator]:
+            raise DatasetError(f"every picture of generator {generator} stands in a test")
+    return replace(sets, pools=pools), dropped
+
+
+def _listed(lines: Sequence[str]) -> str:
+    more = [f"  and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    return "\n".join([*lines[:_LISTED], *more])
+
+
 def _refuse(left: Mapping[str, Sequence[Left]], sets: Sets) -> None:
     for name, found in left.items():
         if not found:
             continue
-        lines = [f"  {one.file} = {one.seen} ({one.why}; {one.by})" for one in found[:_LISTED]]
-        if len(found) > _LISTED:
-            lines.append(f"  and {len(found) - _LISTED} more")
+        lines = [f"  {one.file} = {one.seen} ({one.why}; {one.by})" for one in found]
         count = len({one.file for one in found})
         raise DatasetError(
             f"{count} of {len(sets.tests[name])} pictures of the test {name!r} were seen in "
-            "training:\n" + "\n".join(lines) + "\ntest without them: --leave-out; or make the "
+            "training:\n" + _listed(lines) + "\ntest without them: --leave-out; or make the "
             "splits anew: python -m training.data split"
         )
 

@@ -231,6 +231,12 @@ def _generators(results: Results) -> list[str]:
             lines.append(
                 f"  - {inside:,} of the {saw['pictures']:,} are in the real subset of {int(size):,}"
             )
+        dropped = about.get("dropped", {}).get(name, ())
+        if dropped:
+            lines.append(f"  - {len(dropped):,} generated pictures were not learnt, for:")
+        lines += [
+            f"    - {one['file']} = {one['seen']} of {one['by']} ({one['why']})" for one in dropped
+        ]
         if name in about["same_as_real"]:
             size = about["same_as_real"][name]
             lines.append(f"  - its upper bound is the arm `real` at {size:,}: the same pictures")

@@ -16,7 +16,7 @@ import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +27,7 @@ from dermaflux.errors import DatasetError, DermaFluxError
 from training.data import Sample
 from training.experiment import trial
 from training.experiment.config import Config
-from training.experiment.guard import Guarded, guard
+from training.experiment.guard import Guarded, guard, pools_apart
 from training.experiment.journal import Journal
 from training.experiment.key import Key, Only
 from training.experiment.plan import plan, same_as_real
@@ -58,8 +58,9 @@ def run(
     """
     sets = Sets.read(config)
     with Journal(folder) as journal:
+        sets, dropped = pools_apart(sets, leave_out)
         asked = plan(config, sets, folder, only)
-        held = guard(sets, config, leave_out)
+        held = replace(guard(sets, config, leave_out), dropped=dropped)
         about(config, sets, held, folder)
         kept = held.kept(sets)
         failed: dict[str, str] = {}
@@ -85,6 +86,7 @@ def about(config: Config, sets: Sets, held: Guarded, folder: Path) -> None:
         "config": config.document(),
         "tests": {name: len(samples) for name, samples in sets.tests.items()},
         "left_out": {name: [asdict(one) for one in left] for name, left in held.left_out.items()},
+        "dropped": {name: [asdict(one) for one in left] for name, left in held.dropped.items()},
         "generators": held.saw,
         "uppers": {name: len(samples) for name, samples in sets.uppers.items()},
         "val_copies": held.val_copies,

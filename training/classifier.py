@@ -131,6 +131,42 @@ def as_shipped(model: nn.Module) -> None:
             value.copy_(value.half())
 
 
+def described(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    """What timm reads of `config.json`; needs no training, so that a run can ask before it.
+
+    Not all of timm's models have all attributes: where one keeps its pooling in its head
+    (ConvNeXt, VGG, NFNet), "avg" is written, which timm leaves to the architecture. The last
+    layer's name is the one that it has in the model.
+
+    Raises:
+        RecipeError: the model has no last layer.
+    """
+    own: Any = model  # timm's own attributes are not in nn.Module's type
+    last = own.get_classifier() if hasattr(own, "get_classifier") else None
+    name = next((name for name, module in model.named_modules() if module is last), None)
+    width = getattr(own, "num_features", None) or getattr(last, "in_features", None)
+    if name is None or width is None:
+        raise RecipeError(
+            f"{recipe.architecture} has no last layer of its own, whose name timm's config.json "
+            "states; choose another --model"
+        )
+    pool = getattr(own, "global_pool", "avg")
+    return {
+        "architecture": recipe.architecture,
+        "num_classes": len(LABELS),
+        "num_features": width,
+        "global_pool": pool if isinstance(pool, str) else "avg",
+        "model_args": {k: v for k, v in recipe.model_args.items() if "drop" not in k},
+        "label_names": list(LABELS),
+        "pretrained_cfg": {
+            **_shown(recipe),
+            "num_classes": len(LABELS),
+            "classifier": own.pretrained_cfg.get("classifier", name),
+            "first_conv": own.pretrained_cfg.get("first_conv"),
+        },
+    }
+
+
 def save(
     model: nn.Module, recipe: Recipe, calibration: dict[str, Any], figures: dict[str, Any],
     history: History, out: Path, data: Mapping[str, Any] | None = None,
@@ -147,33 +183,20 @@ def save(
         name: (value.half() if name in halved else value).contiguous()
         for name, value in model.state_dict().items()
     }
-    own: Any = model  # timm's own attributes are not in nn.Module's type
     save_file(weights, out / "model.part", metadata={"format": "pt"})
-    config = {
-        "architecture": recipe.architecture,
-        "num_classes": len(LABELS),
-        "num_features": own.num_features,
-        "global_pool": own.global_pool if isinstance(own.global_pool, str) else "avg",
-        "model_args": {k: v for k, v in recipe.model_args.items() if "drop" not in k},
-        "label_names": list(LABELS),
-        "pretrained_cfg": {
-            **_shown(recipe),
-            "num_classes": len(LABELS),
-            "classifier": own.pretrained_cfg["classifier"],
-            "first_conv": own.pretrained_cfg["first_conv"],
-        },
-        "dermaflux": {name: calibration[name] for name in ("temperature", "threshold", "abstain")},
+    config = described(model, recipe) | {
+        "dermaflux": {name: calibration[name] for name in ("temperature", "threshold", "abstain")}
     }
-    described = history.document()
-    document = {"recipe": asdict(recipe), "steps": described["steps"], "saw": described["saw"],
-                "started_from": described["started_from"], "calibration": calibration,
+    told = history.document()
+    document = {"recipe": asdict(recipe), "steps": told["steps"], "saw": told["saw"],
+                "started_from": told["started_from"], "calibration": calibration,
                 "test": figures}  # fmt: skip
     if data is not None:
         document["data"] = dict(data)
     if history.made_of:
-        document["ingredients"] = described["ingredients"]
+        document["ingredients"] = told["ingredients"]
     if history.validation:
-        document["validation"] = described["validation"]
+        document["validation"] = told["validation"]
     files.write(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     (out / "model.part").chmod(0o644)  # safetensors makes its files their owner's alone
     (out / "model.part").replace(out / "model.safetensors")

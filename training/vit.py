@@ -116,6 +116,7 @@ def run(
     made = mixing.only_training(choice.synthetic, everything)
     # What cannot be built is refused before all pictures are looked at.
     trial = Supervised(recipe)
+    classifier.described(trial.vit, recipe)
     if weights is not None:
         weights.into(trial.vit, recipe.architecture)
 

@@ -18,7 +18,8 @@ from PIL import Image
 from dermaflux.bundle import ClassifierSpec
 from dermaflux.classifier import preprocess
 from dermaflux.engines import parts
-from training import classifier, data, vit
+from training import classifier, data, states, vit
+from training.recipe import RecipeError
 from training.vit_options import parser, recipe_of
 
 TINY = '{"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "drop_path_rate": 0.2}'
@@ -80,6 +81,41 @@ def test_a_convolutional_net_on_real_and_synthetic_pictures(
     assert exported.outputs == ("logits", "features")
     assert np.allclose(logits.numpy(), classifier.logits_of(model, whole), atol=1e-5)
     assert np.allclose(features.numpy(), classifier.features_of(model, whole), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "nfnet_l0"])
+def test_models_that_pool_in_their_head_are_written_and_read(name: str, tmp_path: Path) -> None:
+    small: dict[str, Any] = (
+        {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]} if name == "convnext_atto" else {}
+    )
+    recipe = classifier.Recipe(architecture=name, model_args=small, size=32)
+    model = classifier.build(recipe)
+    assert not hasattr(model, "global_pool")
+    classifier.as_shipped(model)
+    calibration = {"temperature": 1.0, "threshold": 0.5, "abstain": [0.4, 0.6]}
+    classifier.save(model, recipe, calibration, {}, states.History("x", ()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == classifier.described(model, recipe) | {"dermaflux": calibration}
+    assert (config["global_pool"], config["pretrained_cfg"]["classifier"]) == ("avg", "head.fc")
+    again, images = classifier.load(tmp_path), np.full((1, 32, 32, 3), 90, np.uint8)
+    assert np.allclose(
+        classifier.logits_of(again, images), classifier.logits_of(model.eval(), images), atol=1e-5
+    )
+
+
+def test_what_cannot_be_described_is_refused_before_the_training(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("trained")
+
+    def none(*_: object) -> None:
+        raise RecipeError("no last layer")
+
+    monkeypatch.setattr(vit.supervise, "fit", never)
+    monkeypatch.setattr(classifier, "described", none)
+    assert _run(dataset, tmp_path / "out", *VIT, "--steps", "1") == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_choices_that_cannot_be_are_refused_before_the_training(

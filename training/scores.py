@@ -12,11 +12,12 @@ separates those has learnt where pictures come from.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,26 +42,70 @@ __all__ = [
     "probabilities",
     "report",
     "share",
+    "significant",
 ]
 
 SCORES = "scores.csv"
 PLOTS = "plots"
+LEAST_SLOPE: Final = 0.05
+"""Of the calibrated logit, over a standard deviation of the model's."""
+
+log = logging.getLogger(__name__)
 
 
 def platt(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float]:
     """Temperature and shift of the malignant logit that fit validation best (Platt, 1999).
 
     The shift matters as much as the temperature: half of every training batch is malignant, far
-    more than among the pictures that will come.
+    more than among the pictures that will come. The targets are Platt's, (N+ + 1) / (N+ + 2) for
+    malignant and 1 / (N- + 2) for benign, so that scores that part the classes wholly have a
+    temperature too. A slope below `LEAST_SLOPE` (a model that knows nothing, or the contrary) is
+    taken as that, with a warning and the shift that makes the mean probability the share of
+    malignant pictures.
 
     Raises:
         DatasetError: a logit is no number, or there are not both classes.
     """
     _sound(logits, labels)
-    difference = (logits[:, 1] - logits[:, 0])[:, None]
-    fit = LogisticRegression(C=np.inf).fit(difference, labels)
-    slope = max(float(fit.coef_[0, 0]), 0.05)  # a model that knows nothing has none
-    return 1 / slope, float(fit.intercept_[0]) / slope
+    difference = logits[:, 1] - logits[:, 0]
+    middle, spread = float(difference.mean()), float(difference.std())
+    if spread <= 1e-9 * np.abs(difference).max():  # all are one score, but for rounding
+        spread = 1.0
+    # Both labels of every picture, weighted: the targets are shares.
+    counts = np.bincount(labels, minlength=2)
+    target = np.where(labels == 1, (counts[1] + 1) / (counts[1] + 2), 1 / (counts[0] + 2))
+    fit = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000).fit(
+        np.tile((difference - middle) / spread, 2)[:, None],
+        np.repeat([1, 0], len(labels)),
+        sample_weight=np.concatenate([target, 1 - target]),
+    )
+    slope = float(fit.coef_[0, 0])
+    if slope >= LEAST_SLOPE:
+        scale = spread / slope
+        return scale, float(fit.intercept_[0]) * scale - middle
+    log.warning(
+        "validation shows no signal: over %d pictures the slope of the calibration is %.4g, and %g "
+        "is taken; probabilities will say little more than how many pictures are malignant",
+        len(labels), slope, LEAST_SLOPE,
+    )  # fmt: skip
+    scale = spread / LEAST_SLOPE
+    return scale, _shift(difference, scale, float(labels.mean()))
+
+
+def _shift(difference: NDArray[np.float64], scale: float, wanted: float) -> float:
+    """The shift at which the mean probability at `scale` is `wanted`, between 0 and 1."""
+    edge = scale * math.log(wanted / (1 - wanted))
+    low, high = edge - float(difference.max()), edge - float(difference.min())
+    for _ in range(100):
+        middle = (low + high) / 2
+        p = probabilities(np.stack([0 * difference, difference + middle], 1), scale)
+        low, high = (middle, high) if p.mean() < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def significant(value: float, digits: int = 5) -> float:
+    """`value` in so many digits that say something: a small temperature never becomes 0."""
+    return float(f"{value:.{digits}g}")
 
 
 def calibrate(
@@ -79,7 +124,7 @@ def calibrate(
         DatasetError: a logit is no number, or there are not both classes.
     """
     _sound(logits, labels)
-    scale = round(scale, 4)
+    scale = significant(scale)
     p = probabilities(logits, scale)
     threshold = float(np.quantile(p[labels == 1], 1 - recipe.sensitivity, method="lower"))
     at = float(np.mean(p < threshold))

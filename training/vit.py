@@ -149,7 +149,7 @@ def run(
     classifier.as_shipped(model)
     logits = classifier.logits_of(model, validation)
     calibration = scores.calibrate(logits, labels, scale, recipe)
-    calibration["shift"] = round(shift, 4)
+    calibration["shift"] = scores.significant(shift)
     logits_of = partial(classifier.logits_of, model)
     figures = scores.report(
         logits_of, splits["test"], calibration, recipe.whole, validation=splits["val"], out=out

@@ -17,7 +17,7 @@ from dermaflux import dataset
 from dermaflux.dataset import Record
 from dermaflux.errors import DatasetError
 from training import data, leaks
-from training.experiment import guard, journal, plan, raw, sentences, trial
+from training.experiment import alike, guard, journal, plan, raw, sentences, trial
 from training.experiment.__main__ import main
 from training.experiment.config import Config, changed
 from training.experiment.key import Key, Only, planned
@@ -158,14 +158,31 @@ def test_changed_settings_are_refused_and_more_seeds_add_runs(
     assert "to do classic_model_8_0_0" in told
 
 
+def test_runs_of_other_steps_are_not_added_to_a_folder(
+    whole: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(model: dict[str, Any], only: str) -> int:
+        file = experiment(folder, tmp_path, model=model, seeds=3, arms=["real", "classic"])
+        return main([str(file), "--out", str(whole), "--list", "--only", only])
+
+    for only in ("seed=2", "arm=classic"):  # none of these is there
+        assert asked(MODEL, only) == 0
+        assert asked(MODEL | {"steps": 5}, only) == 2
+        assert "recipe.steps: 4, and now it is 5" in capsys.readouterr().err
+    # Nor on fewer tests.
+    alone = experiment(folder, tmp_path, external=[], seeds=3)
+    assert main([str(alone), "--out", str(whole), "--list", "--only", "seed=2"]) == 2
+    assert "another tests.elsewhere" in capsys.readouterr().err
+
+
 def test_a_default_that_came_later_is_no_change() -> None:
     key = Key("real", "", "model", 4, 0.0, 0)
     now = {"recipe": {"steps": 4, "cutmix": 0.0}, "learnt": "a"}
-    plan._same(key, {"recipe": {"steps": 4}, "learnt": "a"}, now, Path("x"))
+    alike.same(key, {"recipe": {"steps": 4}, "learnt": "a"}, now, Path("x"))
     with pytest.raises(DatasetError, match="another recipe.cutmix"):
-        plan._same(key, {"recipe": {"steps": 4, "cutmix": 1.0}, "learnt": "a"}, now, Path("x"))
+        alike.same(key, {"recipe": {"steps": 4, "cutmix": 1.0}, "learnt": "a"}, now, Path("x"))
     with pytest.raises(DatasetError, match="another learnt"):
-        plan._same(key, {"recipe": {"steps": 4}, "learnt": "b"}, now, Path("x"))
+        alike.same(key, {"recipe": {"steps": 4}, "learnt": "b"}, now, Path("x"))
 
 
 def test_a_seen_test_picture_is_refused_or_left_out(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,34 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
     (folder / journal.NAME).write_text('{"key": 3}\n')
     with pytest.raises(DatasetError, match="line 1 is no run"):
         Results.read(folder)
+
+
+def test_runs_that_cannot_be_compared_are_no_report(tmp_path: Path) -> None:
+    folder = invented(tmp_path / "runs", {("real", "", 4, 0.0): 1.0, ("classic", "", 4, 0.0): 1.0})
+    line = next(iter(journal.lines(folder).values()))
+
+    def adds(arm: str, seed: int, settings: dict[str, Any], **more: Any) -> Path:
+        copy = shutil.copytree(folder, tmp_path / f"{arm}{seed}{len(list(tmp_path.iterdir()))}")
+        key = Key(arm, "mini" * (arm == "added"), "model", 4, float(arm == "added"), seed)
+        with journal.Journal(copy) as book:
+            book.append({**line, "key": key.document(), "settings": settings, **more})
+        return copy
+
+    def of(**recipe: Any) -> dict[str, Any]:
+        return {"recipe": RECIPE | recipe, "pretrained": None}
+
+    Results.read(adds("real", 7, of(seed=7)))
+    Results.read(adds("class-weights", 0, of(class_weights="balanced")))
+    for arm, settings, said in (
+        ("real", of(steps=8), "recipe.steps is 4 in real_model_4_0_0 and 8 in real_model_4_0_7"),
+        ("added", of(augment="none"), "recipe.augment"),
+        ("classic", of(rate=0.1), "recipe.rate"),
+        ("class-weights", of(rate=0.1), "recipe.rate"),
+        ("real", {"recipe": RECIPE, "pretrained": "w"}, "pretrained"),
+        ("real", of() | {"tests": {"test": "a"}}, "tests.test"),
+    ):
+        with pytest.raises(DatasetError, match=f"cannot be compared: {said}"):
+            Results.read(adds(arm, 7, settings))
 
 
 def test_control_is_measured_on_the_controls_score(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@
     (60, 20)
 
 A run's settings (recipe, digests of what it learns, of validation and tests) stand beside its
-figures: a run that was made with others is never counted for one that is asked for.
+figures: a run that was made with others is never counted for one that is asked for, nor are runs
+added to a folder whose other runs could not be compared with them (`training.experiment.alike`).
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from dermaflux.errors import DatasetError
 from training.data import Sample
-from training.experiment.config import UPPER, Config, changed
-from training.experiment.journal import Line, lines
+from training.experiment import alike
+from training.experiment.config import REAL, UPPER, Config, changed
+from training.experiment.journal import lines
 from training.experiment.key import Key, Only, planned
 from training.experiment.sets import Sets, chosen, digest
-from training.recipe import defaults
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,17 @@ def plan(config: Config, sets: Sets, folder: Path, only: Only) -> Plan:
 
     Raises:
         DatasetError: there are too few pictures for a run, two arms are one, or a run that is there
-            was made with other settings.
+            was made with other settings, be it wanted or not.
     """
     there = lines(folder)
     bounds = uppers(config, sets)
     wanted = [key for key in planned(config, bounds) if only.takes(key)]
     known = _Digests(sets)
     settings = {key: _settings(key, config, sets, known) for key in wanted}
+    alike.check(there, folder, _common(config, sets, known))
     for key in wanted:
         if key in there:
-            _same(key, there[key]["settings"], settings[key], folder)
+            alike.same(key, there[key]["settings"], settings[key], folder)
     missing = [key for key in wanted if key not in there]
     took: dict[str, list[float]] = {}
     for key, line in there.items():
@@ -104,6 +105,26 @@ class _Digests:
         return found.hexdigest()[:16]
 
 
+def _common(config: Config, sets: Sets, known: _Digests) -> dict[Key, dict[str, Any]]:
+    """What every run of a model has, whatever it learns."""
+    return {
+        Key(REAL, "", name, 0, 0.0, 0): _as_read(
+            {
+                "recipe": model.recipe.fixed(),
+                "pretrained": model.pretrained,
+                "val": known(sets.val),
+                "tests": {test: known(samples) for test, samples in sets.tests.items()},
+            }
+        )
+        for name, model in config.recipes().items()
+    }
+
+
+def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are read again: tuples are lists there."""
+    return dict(json.loads(json.dumps(settings)))
+
+
 def _settings(key: Key, config: Config, sets: Sets, known: _Digests) -> dict[str, Any]:
     """All that a run's result follows from."""
     model = config.recipes()[key.model]
@@ -114,31 +135,4 @@ def _settings(key: Key, config: Config, sets: Sets, known: _Digests) -> dict[str
         "val": known(sets.val),
         "tests": {name: known(samples) for name, samples in sets.tests.items()},
     }
-    # As they are read again: tuples are lists there.
-    return dict(json.loads(json.dumps(settings)))
-
-
-def _same(key: Key, before: Line, now: Line, folder: Path) -> None:
-    """Refuse to count a run that was made otherwise."""
-    first, second = (_flat(one) for one in (before, now))
-    usual = {f"recipe.{name}": value for name, value in defaults().items()}
-    missing = object()
-    for name in dict.fromkeys([*first, *second]):
-        old, new = (one.get(name, usual.get(name, missing)) for one in (first, second))
-        if old != new:
-            said = ["nothing" if value is missing else repr(value)[:60] for value in (old, new)]
-            raise DatasetError(
-                f"{folder} has the run {key.file} with another {name}: {said[0]}, and now it is "
-                f"{said[1]}; give another --out, or delete the run's line in runs.jsonl"
-            )
-
-
-def _flat(settings: Line) -> dict[str, Any]:
-    """`{"recipe": {"steps": 8}}` -> `{"recipe.steps": 8}`, two levels deep."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= {f"{name}.{key}": one for key, one in value.items()}
-        else:
-            found[name] = value
-    return found
+    return _as_read(settings)

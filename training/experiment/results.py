@@ -24,7 +24,7 @@ import numpy as np
 
 from dermaflux.errors import DatasetError
 from training import bootstrap, metrics
-from training.experiment import raw
+from training.experiment import alike, raw
 from training.experiment.config import ADDED, ARMS, REAL
 from training.experiment.journal import Line, lines
 from training.experiment.key import Key
@@ -69,7 +69,8 @@ class Results:
         """The finished runs with their scores.
 
         Raises:
-            DatasetError: there is none, or scores are missing or not those that the run wrote.
+            DatasetError: there is none, some cannot be compared with others, or scores are missing
+                or not those that the run wrote.
         """
         found = lines(folder)
         if not found:
@@ -84,6 +85,9 @@ class Results:
                 f"{folder / ABOUT} cannot be read ({error}); the command that made the runs "
                 "writes it again"
             ) from error
+        alike.check(found, folder)
+        # The runs know best: the file is of the last call alone.
+        about["generators"] = {**about["generators"], **alike.saw(found, folder)}
         scores = {key: _scores(folder, line) for key, line in found.items()}
         return cls(folder, about, found, scores, draws)
 

@@ -30,6 +30,8 @@ SOURCE_TYPE: Final = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgo
 """IPTC's word for media made by a trained model."""
 NOTICE: Final = "Synthetic image, not a photograph; research use"
 
+_COMPRESSION: Final = 4
+"""Of zlib: less than half the time of its usual 6, for files that are 3 to 11 % larger."""
 _XMP_KEY: Final = "XML:com.adobe.xmp"
 _XMP: Final = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
@@ -92,7 +94,8 @@ def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
     info.add_itxt("Description", NOTICE)
     info.add_itxt(_XMP_KEY, _XMP)
     stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="PNG", pnginfo=info)
+    picture = Image.fromarray(pixels)
+    picture.save(stream, format="PNG", pnginfo=info, compress_level=_COMPRESSION)
     return stream.getvalue()
 
 

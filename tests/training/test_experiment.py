@@ -239,6 +239,30 @@ def test_a_generated_copy_of_a_test_picture_is_not_learnt(
     assert "23 generated pictures to draw from" in report.read_text()
 
 
+def test_a_call_without_generators_forgets_none(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = [s for s in data.read(folder / "real") if s.split == "test"]
+    leaks.index([*data.read(folder / "drawn"), tests[3]]).save(tmp_path / "seen.npz")
+    generators = {"mini": {"data": str(folder / "drawn"), "saw": str(tmp_path / "seen.npz")}}
+    more: dict[str, Any] = {"generators": generators, "sizes": [4], "seeds": 1}
+    out, report = tmp_path / "runs", tmp_path / "report.md"
+    arguments = ["--out", str(out), "--leave-out"]
+    assert main([str(experiment(folder, tmp_path, **more)), *arguments]) == 0
+    plain = more | {"generators": {}, "arms": ["real"], "seeds": 2}
+    assert main([str(experiment(folder, tmp_path, **plain)), *arguments]) == 0
+    assert main(["--report", str(out), "--out", str(report)]) == 0
+    text = report.read_text()
+    assert "`mini`: saw 25 pictures" in text
+    assert "24 generated pictures to draw from" in text
+    assert f"real/{tests[3].file.name} = {tests[3].file.name}" in text
+    # Another generator under the same name, of as many pictures.
+    leaks.index([*data.read(folder / "drawn"), tests[4]]).save(tmp_path / "seen.npz")
+    capsys.readouterr()
+    assert main([str(experiment(folder, tmp_path, **more | {"seeds": 3})), *arguments]) == 2
+    assert "generator mini that saw something else: digest" in capsys.readouterr().err
+
+
 def test_one_run_that_fails_leaves_the_others(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -219,6 +219,25 @@ def test_runs_that_cannot_be_compared_are_no_report(tmp_path: Path) -> None:
             Results.read(adds(arm, 7, settings))
 
 
+def test_what_a_generator_saw_is_what_its_runs_say(tmp_path: Path) -> None:
+    folder = invented(tmp_path / "runs", GRID, seeds=1)
+    facts = {"saw": ["a"], "pictures": 77, "labelled": 1, "made": 7, "unknown": 0, "sources": [],
+             "in_subset": {"4": 2}}  # fmt: skip
+    found = journal.lines(folder)
+    first, second = (key for key in found if key.arm == "added" and key.size == 4)
+    with journal.Journal(folder) as book:
+        book.append({**found[first], "saw": facts})
+        book.append({**found[second], "saw": facts | {"in_subset": {"8": 3}}})
+    text = said(folder, tmp_path, 50)
+    assert "`mini`: saw 77 pictures" in text
+    assert "2 of the 77 are in the real subset of 4" in text
+    assert "3 of the 77 are in the real subset of 8" in text
+    with journal.Journal(folder) as book:
+        book.append({**found[second], "saw": facts | {"pictures": 78}})
+    with pytest.raises(DatasetError, match="generator mini that saw something else: pictures was"):
+        Results.read(folder)
+
+
 def test_control_is_measured_on_the_controls_score(tmp_path: Path) -> None:
     folder = invented(tmp_path / "runs", {("real", "", 4, 0.0): 5.0}, seeds=1)
     results = Results.read(folder, 100)

@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -188,6 +189,7 @@ def _facts(
     }
     facts: dict[str, Any] = {
         "saw": [str(path) for path in generator.seen],
+        "digest": sha256(seen.thumbs.tobytes()).hexdigest()[:16],
         "pictures": len(seen),
         "labelled": len(sets.uppers[name]),
         "unknown": sets.unknown[name],

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from dermaflux import files
 from dermaflux.errors import DatasetError, DermaFluxError
 from training.data import Sample
-from training.experiment import trial
+from training.experiment import alike, trial
 from training.experiment.config import Config
 from training.experiment.guard import Guarded, guard, pools_apart
-from training.experiment.journal import Journal
+from training.experiment.journal import Journal, lines
 from training.experiment.key import Key, Only
 from training.experiment.plan import plan, same_as_real
 from training.experiment.sets import Sets
@@ -36,7 +36,7 @@ from training.experiment.sets import Sets
 log = logging.getLogger(__name__)
 
 ABOUT: Final = "experiment.json"
-"""Config, left out pictures and what generators saw, for the report."""
+"""Config of the last call, left out pictures and what generators saw, for the report."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,57 @@ def run(
 
 
 def about(config: Config, sets: Sets, held: Guarded, folder: Path) -> None:
-    """Write what the report needs besides the runs."""
+    """Write what the report needs besides the runs; what earlier calls wrote of runs stays.
+
+    Raises:
+        DatasetError: runs are there of a generator that saw something else.
+    """
+    there = lines(folder)
+    before = _before(folder) if there else {}
+    ran = alike.saw(there, folder)
+    generators = {
+        name: alike.joined(name, ran.get(name, {}), facts, folder)
+        for name, facts in held.saw.items()
+    }
+    known = {**ran, **generators}
+    listed: dict[str, dict[str, Any]] = {
+        "dropped": {name: [asdict(one) for one in left] for name, left in held.dropped.items()},
+        "uppers": {name: len(samples) for name, samples in sets.uppers.items()},
+        "same_as_real": same_as_real(config, sets),
+    }
+    left = {name: [asdict(one) for one in out] for name, out in held.left_out.items()}
+    for name, out in before.get("left_out", {}).items():
+        mine = left.setdefault(name, [])
+        by = {(one["file"], one["by"]) for one in mine}
+        mine += [one for one in out if (one["file"], one["by"]) not in by]
     document = {
         "config": config.document(),
         "tests": {name: len(samples) for name, samples in sets.tests.items()},
-        "left_out": {name: [asdict(one) for one in left] for name, left in held.left_out.items()},
-        "dropped": {name: [asdict(one) for one in left] for name, left in held.dropped.items()},
-        "generators": held.saw,
-        "uppers": {name: len(samples) for name, samples in sets.uppers.items()},
+        "left_out": left,
+        "generators": known,
+        **{
+            what: {
+                **{name: one for name, one in before.get(what, {}).items() if name in ran}, **now,
+            }
+            for what, now in listed.items()
+        },
         "val_copies": held.val_copies,
-        "same_as_real": same_as_real(config, sets),
-        "subsets": {str(size): len(sets.subset(size)) for size in config.sizes},
-    }
+    }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / ABOUT, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _before(folder: Path) -> dict[str, Any]:
+    """What an earlier call wrote; nothing where it is gone."""
+    try:
+        return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        raise DatasetError(
+            f"{folder / ABOUT} cannot be read ({error}); it names the pictures that were left out "
+            "of tests: delete it if the report may do without those of earlier calls"
+        ) from error
 
 
 Result = tuple[Key, dict[str, Any] | str]

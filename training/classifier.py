@@ -25,7 +25,7 @@ from dermaflux import files
 from dermaflux.prompt import LABELS
 from training.data import DatasetError
 from training.recipe import Recipe as Recipe
-from training.recipe import RecipeError
+from training.recipe import RecipeError, local
 from training.states import History
 
 
@@ -211,6 +211,7 @@ def load(folder: Path) -> nn.Module:
     """
     try:
         config = json.loads((folder / "config.json").read_text())
+        local(config["architecture"], config["model_args"])
         model: nn.Module = timm.create_model(
             config["architecture"], num_classes=config["num_classes"], **config["model_args"]
         )
@@ -230,6 +231,7 @@ def load(folder: Path) -> nn.Module:
         RuntimeError,
         AttributeError,
         SafetensorError,
+        RecipeError,
     ) as error:
         raise DatasetError(
             f"{folder} holds no classifier that can be read ({error}); "

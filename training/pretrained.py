@@ -33,7 +33,7 @@ from dermaflux.bundle import sha256
 from dermaflux.licence import Ingredient, combined
 from training import states
 from training.data import DatasetError
-from training.recipe import Recipe
+from training.recipe import Recipe, local
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Pretrained:
 
         Raises:
             DatasetError: it is neither, or holds no weights.
+            RecipeError: its config.json would have timm fetch something.
         """
         described: Mapping[str, Any] = {}
         file = path
@@ -90,12 +91,16 @@ class Pretrained:
             )
         # Before timm 0.9 the folder's settings were not under a key of their own.
         config = described.get("pretrained_cfg") or described
+        architecture, args = described.get("architecture"), described.get("model_args") or {}
+        if not isinstance(architecture, str | None) or not isinstance(args, Mapping):
+            raise DatasetError(f"{path}/config.json is not timm's: architecture or model_args")
+        local(architecture or "", args)
         return cls(
             name=path.resolve().name,
             tensors=_tensors(file),
-            architecture=described.get("architecture"),
+            architecture=architecture,
             config=config,
-            model_args=described.get("model_args") or {},
+            model_args=args,
             history=_history(path, file, str(config.get("license") or "")),
         )
 

@@ -8,6 +8,7 @@ those that pretrained weights of timm want: lower rates towards the input, cosin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -26,8 +27,35 @@ FREE: Final = ("hours", "threads", "save_minutes", "device")
 """What a resumed run may change: none of it changes what a step computes, but for rounding."""
 
 
+_FETCHING: Final = ("checkpoint_path", "cache_dir")
+
+
 class RecipeError(DermaFluxError):
     """A setting of a training is out of range, or fits no model of timm's."""
+
+
+def local(architecture: str, model_args: Mapping[str, Any]) -> None:
+    """Nothing where timm builds the model from its own code alone, with fresh weights.
+
+    A name with a colon (`hf-hub:`, `local-dir:`) is of a model elsewhere; of the arguments some
+    have timm fetch weights, or unpickle them.
+
+    Raises:
+        RecipeError: a name or an argument is of that kind.
+    """
+    if ":" in architecture:
+        raise RecipeError(
+            f"the model {architecture!r} lies elsewhere, and nothing is downloaded; name a model "
+            "of timm's own, and give its folder of weights as --pretrained"
+        )
+    if fetching := sorted(
+        name for name in map(str, model_args) if name.startswith("pretrained") or name in _FETCHING
+    ):
+        raise RecipeError(
+            f"the model's arguments have {', '.join(fetching)}, with which timm would fetch or "
+            "open weights, and nothing is downloaded; take them out, and give a folder of weights "
+            "as --pretrained"
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +84,10 @@ class Recipe:
     steps: int | None = option("budget in steps of the optimizer; goes before epochs", None)
     epochs: float | None = option("budget in pictures drawn over pictures that there are", None)
     batch: int = option("pictures of a step, over all processes and parts", 64)
-    accumulate: int = option("parts in which a process does its share of a step", 1)
+    accumulate: int = option(
+        "parts in which a process does its share of a step; N processes are equal to N parts; "
+        "batch normalisation sees its share", 1,
+    )  # fmt: skip
     rate: float = option("learning rate, at its highest", 1e-3)
     warmup: int = option("steps in which the rate rises", 50)
     schedule: str = option("how the rate falls; trapezoid: in the last 70 per cent", "trapezoid")
@@ -96,6 +127,7 @@ class Recipe:
     save_minutes: float = option("between states", 3.0)
 
     def __post_init__(self) -> None:
+        local(self.architecture, self.model_args)
         for name, words in _WORDS.items():
             if (word := getattr(self, name)) not in words:
                 raise RecipeError(f"{name} {word!r} is not known; use {', '.join(words)}")

@@ -113,9 +113,10 @@ def recipe_of(options: Namespace, weights: Pretrained | None) -> Recipe:
             f"--pretrained {options.pretrained} is a file that does not say of which model it is; "
             "give --model, and --model-args where the model was built with some"
         )
+    args = {**(weights.model_args if weights else {}), **(options.model_args or {})}
+    recipe.local(architecture, args)  # before timm is asked for anything
     known = weights.config.get("input_size") if weights else None
     size = given.get("size") or int((known or _input_size(architecture))[-1])
-    args = {**(weights.model_args if weights else {}), **(options.model_args or {})}
     if "img_size" not in (options.model_args or {}):
         args = _sized(architecture, args, size)
     margin = _margin(size, base)

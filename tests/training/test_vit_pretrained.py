@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from training import classifier, states, vit_options
 from training.data import DatasetError
 from training.pretrained import Pretrained
-from training.recipe import Recipe
+from training.recipe import Recipe, RecipeError
 
 SMALL = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 NAME = "vit_tiny_patch16_224"
@@ -174,3 +174,46 @@ def test_what_are_no_weights_is_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=said) as caught:
             Pretrained.open(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("pretrained", True), ("pretrained_cfg", {}), ("pretrained_cfg_overlay", {"file": "x"}),
+     ("checkpoint_path", "x.pth"), ("cache_dir", "x")],
+)  # fmt: skip
+def test_arguments_that_fetch_weights_are_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: object
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("timm was asked")
+
+    monkeypatch.setattr(timm, "create_model", never)
+    said = f"have {key}, with which .*nothing is downloaded"
+    given = ["--data", "x", "--out", "y"]
+    read = vit_options.parser("vit", "").parse_args
+    args = ["--model-args", json.dumps({key: value})]
+    for options in ([*given, *args], [*given, "--model", "resnet10t", *args]):
+        with pytest.raises(RecipeError, match=said):
+            vit_options.recipe_of(read(options), None)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=said):
+        Pretrained.open(folder)
+    with pytest.raises(DatasetError, match=said):
+        classifier.load(folder)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/resnet10t.c3_in1k", "local-dir:weights"])
+def test_models_that_lie_elsewhere_are_refused(folder: Path, name: str) -> None:
+    options = vit_options.parser("vit", "").parse_args(
+        ["--data", "x", "--out", "y", "--model", name]
+    )
+    with pytest.raises(RecipeError, match="lies elsewhere, and nothing is downloaded"):
+        vit_options.recipe_of(options, None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architecture": name}))
+    with pytest.raises(RecipeError, match="lies elsewhere"):
+        Pretrained.open(folder)
+    with pytest.raises(DatasetError, match="lies elsewhere"):
+        classifier.load(folder)

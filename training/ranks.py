@@ -2,6 +2,11 @@
 
 torchrun --nproc_per_node 2 -m training.vit --data ISIC2017 --out runs/vit
 
+N processes compute what one computes with `--accumulate N`, on a CPU to the bit for two. Neither is
+one pass over the whole batch: drop path and dropout draw for each part by itself, and batch
+normalisation sees its part alone, which changes what it learns strongly. Its running statistics are
+the mean over the processes' own, where one process moves them N times a step.
+
 >>> with joined():
 ...     ranks = Ranks.here("auto")
 ...     seconds = ranks.told(clock())       # the first process's, everywhere
@@ -21,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dermaflux.errors import DermaFluxError
+from training.recipe import Recipe, RecipeError
 
 Told = TypeVar("Told")
 
@@ -110,3 +116,32 @@ class Ranks:
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
         )
+
+
+def batch_normalised(model: nn.Module) -> bool:
+    """Whether what the model makes of a picture depends on the others of its part."""
+    return any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in model.modules())
+
+
+def parts_of(model: nn.Module, recipe: Recipe, ranks: Ranks) -> int:
+    """In how many parts a batch is learnt, over all processes.
+
+    Raises:
+        RecipeError: the batch has no so many equal parts, or batch normalisation would see one
+            picture at once: where a layer has one place of it, there is no variance.
+    """
+    parts = ranks.world * recipe.accumulate
+    mixing = bool(recipe.mixup or recipe.cutmix)
+    if recipe.batch % parts or (mixing and recipe.batch // parts % 2):
+        raise RecipeError(
+            f"batch {recipe.batch} has no {parts} equal{' and even' * mixing} parts for "
+            f"{ranks.world} processes, {recipe.accumulate} parts each; give a multiple of "
+            f"{parts * (1 + mixing)}"
+        )
+    if recipe.batch == parts and batch_normalised(model):
+        raise RecipeError(
+            f"{recipe.architecture} has batch normalisation, which needs two pictures a part or "
+            f"more: batch {recipe.batch} has {parts} parts of one ({ranks.world} processes, "
+            f"accumulate {recipe.accumulate}); give --batch {2 * parts} or more"
+        )
+    return parts

@@ -32,7 +32,7 @@ from training.heads import Mixed, Supervised, losses
 from training.optimizing import factor, optimizers_of, set_rate
 from training.pictures import Pictures
 from training.pretrained import Pretrained
-from training.ranks import Ranks
+from training.ranks import Ranks, batch_normalised, parts_of
 from training.recipe import Recipe, RecipeError
 from training.resuming import Progress
 from training.targets import Targets
@@ -107,14 +107,13 @@ class _Run:
         self.samples, self.recipe, self.validation = samples, recipe, validation
         self.pictures, self.file, self.history = pictures, state_file, history
         self.ranks = Ranks.here(recipe.device)
-        self.parts = self.ranks.world * recipe.accumulate
-        mixing = bool(recipe.mixup or recipe.cutmix)
-        if recipe.batch % self.parts or (mixing and recipe.batch // self.parts % 2):
-            raise RecipeError(
-                f"batch {recipe.batch} has no {self.parts} equal{' and even' * mixing} parts for "
-                f"{self.ranks.world} processes, {recipe.accumulate} parts each; give a multiple of "
-                f"{self.parts * (1 + mixing)}"
-            )
+        self.parts = parts_of(model, recipe, self.ranks)
+        if self.parts > 1 and self.ranks.first and batch_normalised(model):
+            log.warning(
+                "%s has batch normalisation, which sees the %d pictures of a part at once and not "
+                "the %d of a batch: it learns otherwise than in one part", recipe.architecture,
+                recipe.batch // self.parts, recipe.batch,
+            )  # fmt: skip
         model.to(self.ranks.device)
         average = copy.deepcopy(model).requires_grad_(False)
         self.now = Progress(model, average, optimizers_of(model, recipe))

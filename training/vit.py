@@ -13,7 +13,8 @@ pictures are learnt and never tested on. With `--steps` or `--epochs` and one se
 same weights to the bit, in one go or resumed; with `--hours` the clock decides. With `--work FILE`
 the run is saved there every few minutes, and taken up again; `--start FILE` begins
 with the weights of another run, and the report names what those saw as well. All that can be
-refused is refused before the training.
+refused is refused before the training. N processes of torchrun are equal to `--accumulate N`, not
+to one pass over the batch: drop path draws for each part, and batch normalisation sees its share.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from training.classifier import Recipe
 from training.heads import Supervised
 from training.pictures import Pictures
 from training.pretrained import Pretrained
-from training.ranks import Ranks, joined
+from training.ranks import Ranks, joined, parts_of
 from training.vit_options import parser, recipe_of
 
 log = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ def run(
     # What cannot be built is refused before all pictures are looked at.
     trial = Supervised(recipe)
     classifier.described(trial.vit, recipe)
+    parts_of(trial, recipe, ranks)
     if weights is not None:
         weights.into(trial.vit, recipe.architecture)
 

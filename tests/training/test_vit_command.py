@@ -19,12 +19,15 @@ from dermaflux.bundle import ClassifierSpec
 from dermaflux.classifier import preprocess
 from dermaflux.engines import parts
 from training import classifier, data, states, vit
+from training.ranks import Ranks, parts_of
 from training.recipe import RecipeError
 from training.vit_options import parser, recipe_of
 
 TINY = '{"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "drop_path_rate": 0.2}'
 VIT = ["--model", "vit_tiny_patch16_224", "--model-args", TINY, "--size", "32", "--batch", "8",
        "--warmup", "1", "--threads", "1", "--precision", "fp32"]  # fmt: skip
+
+PLAIN = ["--model-args", "{}"]
 
 
 @pytest.fixture
@@ -50,13 +53,15 @@ def _run(dataset: Path, out: Path, *options: str) -> int:
 
 
 def test_a_convolutional_net_on_real_and_synthetic_pictures(
-    dataset: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    dataset: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     out, seen = tmp_path / "checkpoint" / "classifier", tmp_path / "seen.npz"
     options = ["--model", "resnet10t", "--size", "32", "--steps", "3", "--batch", "4",
                "--threads", "1", "--crop-pct", "0.875", "--synthetic", str(made), "--ratio", "1.5",
-               "--limit", "6", "--seen", str(seen)]  # fmt: skip
+               "--limit", "6", "--seen", str(seen), "--accumulate", "2"]  # fmt: skip
     assert _run(dataset, out, *options) == 0
+    assert "sees the 2 pictures of a part at once and not the 4 of a batch" in caplog.text
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed["test"]["drawn"]["whole"]["images"] == 6
     report = json.loads((out / "report.json").read_text())
@@ -81,6 +86,19 @@ def test_a_convolutional_net_on_real_and_synthetic_pictures(
     assert exported.outputs == ("logits", "features")
     assert np.allclose(logits.numpy(), classifier.logits_of(model, whole), atol=1e-5)
     assert np.allclose(features.numpy(), classifier.features_of(model, whole), atol=1e-5)
+
+
+def test_parts_of_a_batch_are_counted_with_batch_normalisation_in_mind() -> None:
+    device = torch.device("cpu")
+    normed = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    plain = torch.nn.Sequential(torch.nn.GroupNorm(3, 3))
+    recipe = classifier.Recipe(batch=4, accumulate=2)
+    assert parts_of(normed, recipe, Ranks(0, 1, device)) == 2
+    assert parts_of(plain, recipe, Ranks(0, 2, device)) == 4
+    with pytest.raises(RecipeError, match=r"4 parts of one \(2 processes.*give --batch 8"):
+        parts_of(normed, recipe, Ranks(0, 2, device))
+    with pytest.raises(RecipeError, match="no 6 equal parts"):
+        parts_of(plain, recipe, Ranks(0, 3, device))
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "nfnet_l0"])
@@ -141,6 +159,8 @@ def test_choices_that_cannot_be_are_refused_before_the_training(
     assert "is no folder and no file" in refused("--pretrained", str(tmp_path / "none"))
     assert "timm has resnet10t" in refused("--model", "resnet10")
     assert "no 3 equal parts" in refused("--accumulate", "3")
+    for one in (["--batch", "1"], ["--batch", "2", "--accumulate", "2"]):
+        assert "needs two pictures a part" in refused("--model", "resnet10t", *PLAIN, *one)
     assert "both weights; give one" in refused("--pretrained", "x", "--start", "y")
     # A generator that gives a test picture back is found, whoever drew it.
     shutil.copy(dataset / "015.png", made / "1.png")

@@ -13,11 +13,12 @@ timm has for the architecture. Nothing is downloaded.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -40,8 +41,10 @@ log = logging.getLogger(__name__)
 _FILES: Final = ("model.safetensors", "pytorch_model.bin")
 _INSIDE: Final = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Under which keys trainers save weights, in timm's order."""
-_ENOUGH: Final = 0.5
-"""Of the model's tensors: below this share, the file is another model's."""
+_HEADS: Final = ("head.", "head_dist.", "fc_norm.")
+"""What timm's models may end in beside their classifier; it goes with another task."""
+_OWN: Final = ("pos_embed", "rel_pos", "relative_position", "attn_mask", "num_batches_tracked")
+"""Parts of names of tensors that follow the size of pictures, or count batches."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,18 @@ class Pretrained:
         """Load what fits; the head stays as it is.
 
         Raises:
-            DatasetError: less than half of the model's tensors are there; with counts.
+            DatasetError: a tensor of the body is missing or of another shape, position embeddings
+                aside, or holds what is no finite number; with counts and names.
         """
         vit: Any = model
         tensors = dict(self.tensors)
         module = sys.modules[timm.model_entrypoint(_base(architecture)).__module__]
         for name in ("checkpoint_filter_fn", "_filter_fn"):
             if hasattr(module, name):
+                convert = getattr(module, name)
+                alone = len(inspect.signature(convert).parameters) == 1  # RegNet's
                 try:
-                    tensors = getattr(module, name)(tensors, model)
+                    tensors = convert(tensors) if alone else convert(tensors, model)
                 except (KeyError, RuntimeError, ValueError, AttributeError, IndexError) as error:
                     log.info("timm cannot convert these weights (%s); taken as they are", error)
                 break
@@ -152,22 +158,33 @@ class Pretrained:
             unexpected=tuple(name for name in tensors if name not in body),
             other_shape=tuple(name for name in tensors if name in body and name not in used),
         )
-        if len(used) < _ENOUGH * len(body):
+        needed = [n for n in body if not n.startswith(_HEADS) and not any(o in n for o in _OWN)]
+        if lacking := [name for name in needed if name not in used]:
             raise DatasetError(
                 f"the weights {self.name} do not fit {architecture}: {len(used)} of its "
                 f"{len(body)} tensors are there, "
                 f"{len(body) - len(used) - len(fitted.other_shape)} are missing, "
                 f"{len(fitted.other_shape)} are of another shape and {len(fitted.unexpected)} of "
-                "the file's are of no use; name the model that they are of as --model, with "
-                "--model-args where it was built with some"
+                f"the file's are of no use (it lacks {_first(lacking)}); name the model that they "
+                "are of as --model, with --model-args where it was built with some"
+            )
+        if broken := [name for name, value in used.items() if not bool(value.isfinite().all())]:
+            raise DatasetError(
+                f"the weights {self.name} hold numbers that are not finite in {len(broken)} of "
+                f"{len(used)} tensors ({_first(broken)}): the file is damaged, or its training "
+                "diverged; give another"
             )
         model.load_state_dict({**wanted, **used})
         for what in ("missing", "unexpected", "other_shape"):
             names = [name for name in getattr(fitted, what) if not name.startswith(ends)]
             if names:
-                log.info("%s: %d %s: %s", self.name, len(names), what, ", ".join(names[:8]))
+                log.info("%s: %d %s: %s", self.name, len(names), what, _first(names))
         log.info("%s: %d of %d tensors loaded", self.name, len(used), len(body))
         return fitted
+
+
+def _first(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if names[most:] else "")
 
 
 def _base(architecture: str) -> str:

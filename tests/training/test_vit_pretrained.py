@@ -74,7 +74,7 @@ def test_a_folder_says_how_its_weights_were_shown_pictures(folder: Path, tmp_pat
 
 
 def test_the_body_is_taken_and_the_head_is_not(
-    folder: Path, learnt: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+    folder: Path, learnt: dict[str, torch.Tensor]
 ) -> None:
     torch.manual_seed(2)
     model = classifier.build(RECIPE)
@@ -129,12 +129,31 @@ def test_other_weights_are_refused_with_counts(
         Pretrained.open(folder).asked(Recipe(architecture="resnet10t"))
 
 
-def test_a_deeper_model_says_what_it_lacks(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_deeper_model_says_what_it_lacks(folder: Path) -> None:
     deep = classifier.build(replace(RECIPE, model_args={**SMALL, "depth": 3, "img_size": 32}))
-    with caplog.at_level("INFO"):
-        fitted = Pretrained.open(folder).into(deep, NAME)
-    assert len(fitted.missing) == 12 + 2
-    assert "12 missing: blocks.2.norm1.weight" in caplog.text
+    before = {name: value.clone() for name, value in deep.state_dict().items()}
+    with pytest.raises(
+        DatasetError, match=r"12 are missing, 0 are.*lacks blocks\.2\.norm1\.weight.* and 8 more"
+    ):
+        Pretrained.open(folder).into(deep, NAME)
+    assert all(torch.equal(value, before[name]) for name, value in deep.state_dict().items())
+
+
+def test_one_tensor_of_another_shape_or_that_is_not_finite_is_named(
+    folder: Path, learnt: dict[str, torch.Tensor]
+) -> None:
+    model = classifier.build(RECIPE)
+    weights = Pretrained.open(folder)
+    short = {**weights.tensors, "norm.bias": torch.zeros(5)}
+    with pytest.raises(DatasetError, match=r"1 are of another shape.*lacks norm\.bias"):
+        replace(weights, tensors=short).into(model, NAME)
+    broken = learnt["norm.bias"].clone()
+    broken[3] = torch.nan
+    with pytest.raises(DatasetError, match=r"not finite in 1 of 30 tensors \(norm\.bias\)"):
+        replace(weights, tensors={**weights.tensors, "norm.bias": broken}).into(model, NAME)
+    # The head is not taken, whatever is in it.
+    headless = {**weights.tensors, "head.bias": torch.full((7,), torch.nan)}
+    assert replace(weights, tensors=headless).into(model, NAME).used == 30
 
 
 def test_weights_of_a_convolutional_net_fit_at_any_size(tmp_path: Path) -> None:
@@ -154,6 +173,15 @@ def test_weights_of_a_convolutional_net_fit_at_any_size(tmp_path: Path) -> None:
     assert (recipe.rate, recipe.schedule, recipe.layer_decay) == (0.01, "cosine", 0.75)
     fresh = classifier.build(recipe)
     assert weights.into(fresh, "resnet10t").missing == ("fc.weight", "fc.bias")
+
+
+def test_weights_of_a_net_whose_conversion_takes_no_model_fit(tmp_path: Path) -> None:
+    model = timm.create_model("regnetx_002", num_classes=5)
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    fresh = timm.create_model("regnetx_002", num_classes=2)
+    fitted = Pretrained.open(tmp_path / "bare.safetensors").into(fresh, "regnetx_002")
+    assert fitted.missing == ("head.fc.weight", "head.fc.bias")
+    assert torch.equal(fresh.state_dict()["stem.conv.weight"], model.stem.conv.weight)
 
 
 def test_what_are_no_weights_is_a_sentence(tmp_path: Path) -> None:

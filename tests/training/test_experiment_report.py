@@ -105,6 +105,46 @@ def test_sentences_follow_the_numbers_whichever_way_they_are(tmp_path: Path) -> 
     assert "1 shows a gain in AUC on the test and 1 a loss" in text
 
 
+def first_sentence(text: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith("- "))
+
+
+def test_the_first_sentence_is_of_more_real_pictures(tmp_path: Path) -> None:
+    nothing = "could not have shown a gain from more real pictures either, so nothing can be said"
+
+    def first(name: str, skills: tuple[float, ...], seeds: int = 3) -> str:
+        cells = {("real", "", 4 * n, 0.0): skill for n, skill in enumerate(skills, 1)}
+        folder = invented(tmp_path / name, cells | {("added", "mini", 4, 1.0): 1.0}, seeds)
+        return first_sentence(said(folder, tmp_path))
+
+    gain = first("gain", (0.0, 0.0, 3.0))
+    assert gain.startswith("- Positive control: 12 real pictures in place of 4 changed AUC on the")
+    assert "a gain is shown" in gain
+    assert nothing not in gain
+    for name, skills, seeds in (
+        ("none", (1.0, 3.0, 1.0), 3), ("loss", (3.0, 0.0), 3), ("few", (0.0, 3.0), 2),
+    ):  # fmt: skip
+        assert nothing in first(name, skills, seeds), name
+    assert "no sign that this experiment could show a gain" in first("one", (1.0,))
+
+
+def test_a_bound_that_is_the_arm_real_is_shown_beside_every_size(tmp_path: Path) -> None:
+    cells = {("real", "", 4, 0.0): 0.0, ("real", "", 8, 0.0): 3.0, ("added", "mini", 4, 1.0): 0.0}
+    folder = invented(tmp_path / "runs", cells)
+    about = json.loads((folder / ABOUT).read_text()) | {"same_as_real": {"mini": 8}}
+    (folder / ABOUT).write_text(json.dumps(about))
+    results, text = Results.read(folder, 200), said(folder, tmp_path)
+    small, large = (Key("real", "", "model", size, 0.0, 0) for size in (4, 8))
+    (line,) = [one for one in text.splitlines() if "all real pictures that mini saw" in one]
+    assert line.startswith("- With 4 real pictures, learning from all")
+    assert line.endswith("a gain is shown.")
+    shown = tables.difference(results, large, small, View("test"), "auc")
+    assert f"| {shown} |" in text
+    assert "| all 8 real that mini saw |" in text
+    real = results.bounds("model")
+    assert list(real.values()) == [large]
+
+
 def test_the_same_numbers_the_other_way_round(tmp_path: Path) -> None:
     turned = {("real", "", 4, 0.0): 3.0, ("added", "mini", 4, 1.0): 0.5}
     text = said(invented(tmp_path / "runs", turned), tmp_path)

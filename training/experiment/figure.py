@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dermaflux import files
-from training.experiment.config import ADDED, CLASSIC, ONLY, REAL, UPPER
+from training.experiment.config import ADDED, CLASSIC, ONLY, REAL
 from training.experiment.key import Key
 from training.experiment.results import Results, View
 from training.experiment.tables import ratios, sizes
@@ -109,9 +109,9 @@ def _panel(
             axes.plot([beside], [_mean(results, classic, view, measure)], marker="*", color=colour,
                       linestyle="none", markersize=9,
                       label="_" if number else "classic augmentation (star)")  # fmt: skip
-    for cell in results.cells:
-        if cell.arm == UPPER and cell.model == model and cell.generator == generator:
-            axes.axhline(_mean(results, cell, view, measure), color="#6e6e6e", linewidth=1.2,
+    for cell, figures in results.bounds(model).items():
+        if cell.generator == generator:
+            axes.axhline(_mean(results, figures, view, measure), color="#6e6e6e", linewidth=1.2,
                          linestyle=(0, (6, 3)),
                          label=f"all {cell.size:,} real that {generator} saw")  # fmt: skip
     pictures, malignant = results.counts(view)

@@ -17,8 +17,8 @@ from dermaflux import files
 from dermaflux.dataset import writing
 from dermaflux.errors import DatasetError
 from training import bootstrap, paper
-from training.experiment import figure, sentences, tables
-from training.experiment.config import ADDED, CLASSIC, ONLY, REAL, UPPER, WEIGHTS
+from training.experiment import figure, findings, tables
+from training.experiment.config import ADDED, CLASSIC, ONLY, WEIGHTS
 from training.experiment.key import Key
 from training.experiment.results import Results, View
 
@@ -57,7 +57,7 @@ def write(folder: Path, out: Path, draws: int = bootstrap.DRAWS) -> dict[str, An
         raise DatasetError(f"--out {out}: give the report's file, such as docs/experiment.md")
     results = Results.read(folder, draws)
     picture = out.with_suffix(".png")
-    said = told(results)
+    said = findings.told(results)
     lines = [
         "# Do synthetic lesions help?", "",
         *(f"- {sentence}" for sentence in said), "",
@@ -80,45 +80,6 @@ def write(folder: Path, out: Path, draws: int = bootstrap.DRAWS) -> dict[str, An
         "out": str(out), "figure": str(picture), "runs": len(results.lines),
         "cpu_hours": round(results.hours(list(results.lines))["cpu_"], 2),
     }  # fmt: skip
-
-
-def told(results: Results) -> list[str]:
-    """What the figures say: all comparisons of AUC with real pictures alone, on every test."""
-    said: list[str] = []
-    several = len({cell.model for cell in results.cells}) > 1
-    for view in results.views():
-        named = "the test" if view.test == "test" else view.test
-        on = f"{named}{', histology alone' * view.confirmed}"
-        for arm in (ADDED, ONLY, CLASSIC, WEIGHTS, UPPER):
-            found: list[Mapping[str, Any]] = []
-            each: list[str] = []
-            for cell in tables.cells_of(results, arm):
-                for real in _against(results, cell):
-                    one = results.difference(cell, real, view, "auc")
-                    if one is None:
-                        continue
-                    found.append(one)
-                    what = sentences.doing(cell) + (f" ({cell.model})" if several else "")
-                    each.append(sentences.changed(what, real.size, f"AUC on {on}", one))
-            if arm == ADDED and found:
-                said.append(sentences.summed(found, f"AUC on {on}"))
-            if arm == ADDED and found and view == results.views()[0]:
-                accuracy = [
-                    results.difference(cell, results.real(cell), view, "accuracy")
-                    for cell in tables.cells_of(results, arm)
-                ]
-                known = [one for one in accuracy if one is not None]
-                said.append(sentences.summed(known, f"accuracy on {on}"))
-            # Beside the first test, the many sentences of others would hide what they say.
-            if view == results.views()[0]:
-                said += each
-    return said or ["Only one arm was run: there is nothing to compare."]
-
-
-def _against(results: Results, cell: Key) -> list[Key]:
-    """Real alone of the same size; the upper bound stands beside every size."""
-    reals = [one for one in results.cells if one.arm == REAL and one.model == cell.model]
-    return reals if cell.arm == UPPER else [one for one in reals if one.size == cell.size]
 
 
 def _tests(results: Results) -> list[str]:
@@ -191,7 +152,7 @@ def _grids(results: Results, model: str, view: View, measure: str) -> list[str]:
             lines += [*tables.grid(results, model, generator, arm, change, False), ""]
     lines += ["without synthetic pictures:", ""]
     lines += [*tables.others(results, model, lambda cell, real: show(cell)), ""]
-    if any(c.arm in (CLASSIC, WEIGHTS, UPPER) for c in results.cells):
+    if any(c.arm in (CLASSIC, WEIGHTS) for c in results.cells) or results.bounds(model):
         lines += ["less real alone:", "", *tables.others(results, model, _changed(change)), ""]
     return lines
 

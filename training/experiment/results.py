@@ -25,7 +25,7 @@ import numpy as np
 from dermaflux.errors import DatasetError
 from training import bootstrap, metrics
 from training.experiment import alike, raw
-from training.experiment.config import ADDED, ARMS, REAL
+from training.experiment.config import ADDED, ARMS, REAL, UPPER
 from training.experiment.journal import Line, lines
 from training.experiment.key import Key
 from training.experiment.raw import VAL, Scores
@@ -195,6 +195,19 @@ class Results:
     def added(self) -> list[Key]:
         """The cells in which synthetic pictures stand beside real ones."""
         return [cell for cell in self.cells if cell.arm == ADDED]
+
+    def bounds(self, model: str) -> dict[Key, Key]:
+        """The upper bound of each generator, and the cell of its figures.
+
+        That is the arm real of a size where the generator saw just that subset's pictures.
+        """
+        found = {c: c for c in self.cells if c.model == model and c.arm == UPPER}
+        known = {bound.generator for bound in found}
+        for name, size in self.about["same_as_real"].items():
+            real = Key(REAL, "", model, int(size), 0.0, 0)
+            if real in self.cells and name not in known:
+                found[Key(UPPER, name, model, int(size), 0.0, 0)] = real
+        return found
 
     def _keys(self, cell: Key) -> list[Key]:
         return [self._keyed(cell, seed) for seed in self.cells[cell]]

@@ -71,6 +71,33 @@ def changed(what: str, size: int, measure: str, found: Mapping[str, Any]) -> str
     )
 
 
+NO_CONTROL: Final = (
+    "Real pictures alone were not run in two numbers by the same seeds, so there is no sign that "
+    "this experiment could show a gain from more pictures, real or synthetic."
+)
+
+
+def control(few: int, many: int, measure: str, found: Mapping[str, Any]) -> str:
+    """The sentence on more real pictures: what cannot show their gain cannot show another's."""
+    begin = f"Positive control: {many:,} real pictures in place of {few:,}"
+    nothing = (
+        "this experiment could not have shown a gain from more real pictures either, so nothing "
+        "can be said of synthetic ones."
+    )
+    if found["value"] is None or found["interval"] is None:
+        note = found.get("note", "no interval")
+        return f"{begin}: {measure} cannot be compared ({note}); {nothing}"
+    low, high = outward(found["interval"])
+    seeds = found["seeds"]
+    shown = f"changed {measure} by {signed(found['value'])} (95 % interval {signed(low)} to "
+    shown += f"{signed(high)}, {seeds} seed{'s' * (seeds > 1)}): "
+    if seeds < FEW:
+        return f"{begin} {shown}too few seeds to show anything; {nothing}"
+    if low > 0:
+        return f"{begin} {shown}a gain is shown, so this experiment can show one of that size."
+    return f"{begin} {shown}{verdict(low, high)}; {nothing}"
+
+
 def summed(found: Sequence[Mapping[str, Any]], measure: str) -> str:
     """How many comparisons show what, beside how many would by chance alone."""
     enough = [one for one in found if one["seeds"] >= FEW]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from training import paper
-from training.experiment.config import ADDED, CLASSIC, ONLY, REAL, UPPER, WEIGHTS
+from training.experiment.config import ADDED, CLASSIC, ONLY, REAL, WEIGHTS
 from training.experiment.key import Key
 from training.experiment.results import Results, View
 from training.experiment.sentences import outward, signed
@@ -90,10 +90,9 @@ def grid(
 
 def others(results: Results, model: str, show: Callable[[Key, Key], str]) -> list[str]:
     """The arms without synthetic pictures; `show` is given a cell and that of real alone."""
-    cells = [c for c in results.cells if c.model == model]
-    bounds = {c.generator: c for c in cells if c.arm == UPPER}
+    bounds = results.bounds(model)
     head = ["real", "real alone", "classic augmentation", "class weights"]
-    head += [f"all {c.size:,} real that {name} saw" for name, c in bounds.items()]
+    head += [f"all {c.size:,} real that {c.generator} saw" for c in bounds]
     rows = []
     for size in sizes(results, model, (REAL, CLASSIC, WEIGHTS)):
         real = Key(REAL, "", model, size, 0.0, 0)

@@ -196,9 +196,11 @@ def write(folder: Path, records: Iterable[Record], within: Path | None = None) -
     Raises:
         DatasetError: the folder is not there or takes no files, or the disk is full.
     """
-    lines = [json.dumps(record.to_mapping(), ensure_ascii=False) + "\n" for record in records]
-    with writing(folder / METADATA):
-        files.write(folder / METADATA, "".join(lines).encode(), within)
+    file = folder / METADATA
+    with writing(file), files.replacing(file, within) as stream:
+        for record in records:
+            line = json.dumps(record.to_mapping(), ensure_ascii=False) + "\n"
+            stream.write(line.encode())
 
 
 @contextmanager

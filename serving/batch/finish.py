@@ -43,7 +43,6 @@ class Forms:
 
     def write(self, folder: Path, records: list[Record]) -> None:
         """Write them, or remove what an earlier run wrote where nothing is kept."""
-        formats.sweep(folder)
         if self.webdataset is not None and records:
             formats.webdataset(folder, records, self.webdataset)
         elif not records:
@@ -105,15 +104,20 @@ def finish(
         (folder.path / METADATA).unlink(missing_ok=True)
         outcome = _sorted(folder, job, items, ledger, threads, shown)
         terms = terms_of(bundle)
-        records = [record(folder, item, entry, bundle, terms) for item, entry in outcome.kept]
         write_lists(folder, outcome, bad)
-        forms.write(folder.path, records)
+        formats.sweep(folder.path)
+        if forms.webdataset is not None or forms.parquet:
+            # Both want all records at once; the lines below are written one by one.
+            listed = [record(folder, item, entry, bundle, terms) for item, entry in outcome.kept]
+            forms.write(folder.path, listed)
+            del listed
         manifest = manifest_of(folder, job, bundle, terms, items, outcome, bad)
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         with dataset.writing(folder.path / "manifest.json"):
             folder.write("manifest.json", text.encode())
-        if records:
-            dataset.write(folder.path, records, folder.temporary)
+        if outcome.kept:
+            lines = (record(folder, item, entry, bundle, terms) for item, entry in outcome.kept)
+            dataset.write(folder.path, lines, folder.temporary)
         _note(folder, state, forms)
     _tell_strays(folder, items)
     return manifest

@@ -13,7 +13,7 @@ keeps an index of what it saw; whoever tests holds its test pictures against it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -133,8 +133,8 @@ def refuse(
 def apart(samples: Sequence[Sample], leave_out: bool, threads: int = 2) -> list[Sample]:
     """Samples none of whose training or validation pictures stands in their test split too.
 
-    Those that do are left out where `leave_out` says so; the test stays whole, so that its figures
-    are of the same pictures.
+    Those that do are left out where `leave_out` says so, with all pictures of their lesions or
+    patients; the test stays whole, so that its figures are of the same pictures.
 
     Raises:
         DatasetError: some do, and `leave_out` does not say so; the message lists them.
@@ -148,10 +148,26 @@ def apart(samples: Sequence[Sample], leave_out: bool, threads: int = 2) -> list[
     # A leak names one seen picture for a test picture; there may be more, so look again.
     dropped: set[str] = set()
     while leaks := find(test, known, threads):
-        dropped |= {leak.seen for leak in leaks}
+        dropped |= kin(learnt, {leak.seen for leak in leaks})
         learnt = [one for one in learnt if str(one.file) not in dropped]
         known = index(learnt, threads)
     return [one for one in samples if str(one.file) not in dropped]
+
+
+def kin(samples: Sequence[Sample], files: Collection[str]) -> set[str]:
+    """`files` and those of the same lesions or patients: what shows one of them shows the others.
+
+    A group is of its source: two sources may count their lesions alike.
+    """
+    groups = {(one.source, one.group) for one in samples if str(one.file) in files and _known(one)}
+    return set(files) | {
+        str(one.file) for one in samples if (one.source, one.group) in groups and _known(one)
+    }
+
+
+def _known(sample: Sample) -> bool:
+    """Whether the group is more than the file's name, which other folders may have too."""
+    return bool(sample.group) and sample.file.name not in (sample.group, Path(sample.group).name)
 
 
 def reason(leak: Leak) -> str:

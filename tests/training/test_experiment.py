@@ -239,6 +239,31 @@ def test_a_generated_copy_of_a_test_picture_is_not_learnt(
     assert "23 generated pictures to draw from" in report.read_text()
 
 
+def test_all_of_a_lesion_that_was_seen_is_left_out(folder: Path, tmp_path: Path) -> None:
+    real = shutil.copytree(folder / "real", tmp_path / "real")
+    records = dataset.read(real)
+    tests = [number for number, one in enumerate(records) if one.split == "test"]
+    for number in tests[:2]:
+        records[number] = replace(records[number], group="lesion 1")
+    # Another source's lesion 1 is another lesion.
+    records[tests[2]] = replace(records[tests[2]], group="lesion 1", source="elsewhere")
+    dataset.write(real, records)
+    # What saw it knows nothing of lesions.
+    with Image.open(real / records[tests[0]].file_name) as image:
+        image.save(tmp_path / "other.png")
+    leaks.look([(tmp_path / "other.png", "")]).index.save(tmp_path / "seen.npz")
+    generators = {"mini": {"data": str(folder / "drawn"), "saw": str(tmp_path / "seen.npz")}}
+    config = Config.read(
+        experiment(folder, tmp_path, real=str(real), external=[], generators=generators)
+    )
+    sets = Sets.read(config)
+    held = guard.guard(sets, config, True)
+    names = [records[number].file_name for number in tests]
+    assert [one.file for one in held.left_out["test"]] == [f"real/{name}" for name in names[:2]]
+    assert held.left_out["test"][1].why == f"group lesion 1 of real/{names[0]}"
+    assert [s.file.name for s in held.kept(sets)["test"]] == names[2:]
+
+
 def test_a_call_without_generators_forgets_none(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

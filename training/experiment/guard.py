@@ -89,15 +89,32 @@ def guard(sets: Sets, config: Config, leave_out: bool, threads: int = 2) -> Guar
             for by, seen in learnt.items()
             for leak in leaks.find(test, seen, threads)
         ]
-        if len({one.file for one in left[name]}) == len(samples):
-            raise DatasetError(f"every picture of {name} was seen by {left[name][0].by}")
     if not leave_out:
         _refuse(left, sets)
+    for name, samples in sets.tests.items():
+        left[name] += _kin(left[name], samples, sets)
+        if len({one.file for one in left[name]}) == len(samples):
+            raise DatasetError(f"every picture of {name} was seen by {left[name][0].by}")
     saw = {
         name: _facts(name, config.generators[name], index, sets, threads)
         for name, index in indices.items()
     }
     return Guarded(left, saw, len(leaks.find(val, train, threads)))
+
+
+def _kin(left: Sequence[Left], samples: Sequence[Sample], sets: Sets) -> list[Left]:
+    """The test's other pictures of the lesions and patients that were seen."""
+    firsts = {one.file: one for one in reversed(left)}
+    more: dict[str, Left] = {}
+    for sample in samples:
+        one = firsts.get(sets.names[sample.file])
+        if one is None:
+            continue
+        for file in leaks.kin(samples, {str(sample.file)}):
+            name = sets.names[Path(file)]
+            if name not in firsts:
+                more[name] = Left(name, one.by, one.seen, f"group {sample.group} of {one.file}")
+    return list(more.values())
 
 
 def pools_apart(

@@ -3,8 +3,8 @@
     python -m training.metrics models/mini/classifier/scores.csv
 
 prints every figure as a table, and as its last line a JSON object with the figures and what differs
-from the `report.json` beside the table, whose calibration is used. The status is 1 where they
-differ, or where the table's own decisions are not those of its probabilities.
+from the `report.json` beside the table, whose calibration and bootstrap draws are used. The status
+is 1 where they differ, or where the table's own decisions are not those of its probabilities.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Settings:
     report: Path | None = option(
         "the report with the calibration (default: report.json beside)", None
     )
-    draws: int = option("bootstrap draws of an interval", bootstrap.DRAWS)
+    draws: int | None = option(
+        f"bootstrap draws of an interval (default: the report's own, else {bootstrap.DRAWS})", None
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,10 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _work(settings: Settings) -> int:
     file = settings.report or settings.scores.parent / "report.json"
     raw = RawScores.read(settings.scores)
-    calibration, stated = opened(file)
-    if settings.draws < 2:
-        raise DatasetError(f"--draws {settings.draws} give no interval; give 2 or more")
-    found = evaluation.figures(raw, calibration, settings.draws)
+    calibration, stated, made_with = opened(file)
+    draws = made_with if settings.draws is None else settings.draws
+    if draws < 2:
+        raise DatasetError(f"--draws {draws} give no interval; give 2 or more")
+    found = evaluation.figures(raw, calibration, draws)
     different = [*inconsistent(raw, calibration), *differing(stated, found)]
     print(tables(found))
     for one in different:
@@ -61,8 +64,10 @@ def _work(settings: Settings) -> int:
     return 1 if different else 0
 
 
-def opened(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The calibration and the test figures of a `report.json`.
+def opened(file: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """The calibration and the test figures of a `report.json`, and the draws of its intervals.
+
+    Those are in the settings of `training.evaluate`; `training.vit` has the default alone.
 
     Raises:
         DatasetError: it is none.
@@ -70,15 +75,16 @@ def opened(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         calibration, stated = document["calibration"], document["test"]
+        draws = int((document.get("settings") or {}).get("draws", bootstrap.DRAWS))
         missing = [name for name in _NEEDED if name not in calibration]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"{file} is no report of a classifier ({type(error).__name__}: {error}); name the "
             "report.json that was written with the scores: --report FILE"
         ) from error
     if missing:
         raise DatasetError(f"{file} has no calibration: there is no {', '.join(missing)}")
-    return calibration, stated
+    return calibration, stated, draws
 
 
 def inconsistent(raw: RawScores, calibration: Mapping[str, Any]) -> Iterator[str]:

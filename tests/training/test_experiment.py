@@ -198,7 +198,7 @@ def test_a_seen_test_picture_is_refused_or_left_out(
     assert "1 of 12 pictures of the test 'test' were seen" in said
     assert tests[3].file.name in said
     assert "generator mini or its captions" in said
-    assert not journal.lines(out)
+    assert not out.exists()
     assert main([*arguments, "--leave-out"]) == 0
     (line,) = journal.lines(out).values()
     scores = raw.Scores.read(out / line["scores"])
@@ -281,6 +281,10 @@ def test_a_call_without_generators_forgets_none(
     assert "`mini`: saw 25 pictures" in text
     assert "24 generated pictures to draw from" in text
     assert f"real/{tests[3].file.name} = {tests[3].file.name}" in text
+    command = f"python -m training.experiment {tmp_path / 'experiment.yaml'} --out {out}"
+    assert text.splitlines().count(f"{command} --leave-out") == 1
+    assert f"--report {out} --out {report}" in text
+    assert "docs/experiment.yaml" not in text
     # Another generator under the same name, of as many pictures.
     leaks.index([*data.read(folder / "drawn"), tests[4]]).save(tmp_path / "seen.npz")
     capsys.readouterr()
@@ -331,6 +335,36 @@ def test_what_a_run_learns(folder: Path, tmp_path: Path) -> None:
         files("added", "mini", "model", 8, 4.0, 0)
 
 
+def test_a_test_that_is_another_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="is the real dataset"):
+        Sets.read(Config.read(experiment(folder, tmp_path, external=[str(folder / "real")])))
+    other = shutil.copytree(folder / "real", tmp_path / "real")
+    with pytest.raises(DatasetError, match="is called real already"):
+        Sets.read(Config.read(experiment(folder, tmp_path, external=[str(other)])))
+    copy = shutil.copytree(folder / "real", tmp_path / "copy")
+    config = Config.read(experiment(folder, tmp_path, external=[str(copy)]))
+    with pytest.raises(DatasetError, match="every picture of the test 'copy' is one of the test"):
+        guard.guard(Sets.read(config), config, True)
+
+
+def test_an_empty_journal_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "runs"
+    with journal.Journal(out):
+        with pytest.raises(DatasetError, match="being written by another process"):
+            journal.Journal(out)
+        assert (out / journal.NAME).exists()
+    assert not out.exists()
+    out.mkdir()
+    with journal.Journal(out):
+        pass
+    assert list(tmp_path.rglob("*")) == [out]
+    with journal.Journal(out) as book:
+        book.append({"key": Key("real", "", "model", 4, 0.0, 0).document()})
+    with journal.Journal(out):
+        pass
+    assert len(journal.lines(out)) == 1
+
+
 def test_an_index_tells_what_the_upper_bound_may_learn(folder: Path, tmp_path: Path) -> None:
     real = [s for s in data.read(folder / "real") if s.split == "train"]
     leaks.index([*real[:6], *data.read(folder / "elsewhere")]).save(tmp_path / "seen.npz")
@@ -345,6 +379,9 @@ def test_a_subset_is_a_dataset_and_its_generator_is_held_to_it(
 ) -> None:
     plain = experiment(folder, tmp_path)
     subset = tmp_path / "subset"
+    for size in ("0", "-4"):
+        assert main([str(plain), "--subset", size, "--out", str(subset)]) == 2
+        assert f"--subset {size}: a number" in capsys.readouterr().err
     assert main([str(plain), "--subset", "4", "--out", str(subset)]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told == {"out": str(subset), "pictures": 4, "malignant": 2}

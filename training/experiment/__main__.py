@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,11 @@ class Settings:
     processes: int = option("runs at a time, each with one thread", 1)
     list: bool = option("say what would be run, and run nothing", False)
     report: Path | None = option("write the report of the runs in this folder", None)
-    subset: int = option("write the real subset of this size as a dataset", 0)
+    subset: int | None = option("write the real subset of this size as a dataset", None)
 
 
-def work(settings: Settings) -> int:
-    """Do what is asked; the last line on stdout is JSON."""
+def work(settings: Settings, command: str = "") -> int:
+    """Do what is asked; the last line on stdout is JSON. `command` is written into the report."""
     if settings.report is not None:
         from training.experiment.report import write
 
@@ -56,7 +57,7 @@ def work(settings: Settings) -> int:
     if settings.config is None:
         raise DatasetError("give the experiment's YAML file, or --report FOLDER")
     config = Config.read(settings.config)
-    if settings.subset:
+    if settings.subset is not None:
         from training.experiment.subset import write_subset
 
         print(json.dumps(write_subset(config, settings.subset, settings.out)))
@@ -73,8 +74,9 @@ def work(settings: Settings) -> int:
     from training.experiment.run import run
 
     made = run(
-        config, settings.out, only, leave_out=settings.leave_out, processes=settings.processes
-    )
+        config, settings.out, only, leave_out=settings.leave_out,
+        processes=settings.processes, command=command,
+    )  # fmt: skip
     print(
         json.dumps(
             {"out": str(settings.out), "done": made.done, "made": made.made, "failed": made.failed}
@@ -104,8 +106,11 @@ def _listed(config: Config, only: Only, settings: Settings) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     settings = parsed(Settings, "python -m training.experiment", __doc__ or "", arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "-m", "training.experiment", *given])
     return ended(
-        lambda: work(settings), "stopped; what was done is kept: the same command goes on with it"
+        lambda: work(settings, command),
+        "stopped; what was done is kept: the same command goes on with it",
     )
 
 

@@ -71,8 +71,8 @@ def guard(sets: Sets, config: Config, leave_out: bool, threads: int = 2) -> Guar
 
     Raises:
         DatasetError: a test picture was seen and `leave_out` is not said (all are listed); a
-            picture cannot be read; or a generator that claims to have seen a real subset alone saw
-            other pictures.
+            picture cannot be read; all of a test is in another; or a generator that claims to have
+            seen a real subset alone saw other pictures.
     """
     train, val = leaks.index(sets.train, threads), leaks.index(sets.val, threads)
     learnt = {
@@ -81,8 +81,16 @@ def guard(sets: Sets, config: Config, leave_out: bool, threads: int = 2) -> Guar
     indices = {name: _seen(one, threads) for name, one in config.generators.items()}
     learnt |= {f"generator {name} or its captions": found for name, found in indices.items()}
     left: dict[str, list[Left]] = {}
+    tests: dict[str, Index] = {}
     for name, samples in sets.tests.items():
         test = leaks.index(samples, threads)
+        for other, before in tests.items():
+            if len(leaks.find(test, before, threads)) == len(test):
+                raise DatasetError(
+                    f"every picture of the test {name!r} is one of the test {other!r}: they are no "
+                    "two tests; leave that external dataset out"
+                )
+        tests[name] = test
         files = {str(sample.file): sets.names[sample.file] for sample in samples}
         left[name] = [
             Left(files[leak.test], by, leak.seen, leaks.reason(leak))

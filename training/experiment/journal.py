@@ -58,11 +58,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / NAME
         self._stream = self._file.open("a+b")
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._stream.fileno()).st_nlink:
+                raise BlockingIOError("the other process took its empty file away")
         except BlockingIOError as error:
             self._stream.close()
             raise DatasetError(
@@ -80,6 +83,11 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
+        # A refused experiment leaves nothing. Who opened the file meanwhile finds no link to it.
+        if not self._stream.seek(0, os.SEEK_END):
+            self._file.unlink(missing_ok=True)
+            if self._new and not any(self._file.parent.iterdir()):
+                self._file.parent.rmdir()
         self._stream.close()
 
     def append(self, line: Line) -> None:

@@ -8,6 +8,7 @@ same name with `.png`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -205,10 +206,10 @@ def _generators(results: Results) -> list[str]:
 
 
 def _commands(results: Results, folder: Path, out: Path) -> list[str]:
-    left = any(results.about["left_out"].values())
+    report = shlex.join(
+        ["python", "-m", "training.experiment", "--report", str(folder), "--out", str(out)]
+    )
     return [
-        "```", "python -m training.experiment docs/experiment.yaml --out "
-        f"{folder}{' --leave-out' * left}",
-        f"python -m training.experiment --report {folder} --out {out}", "```", "",
+        "```", *results.about.get("commands", ()), report, "```", "",
         f"{len(results.lines)} runs; {tables.most(results)} seeds where there are most.",
     ]  # fmt: skip

@@ -49,9 +49,10 @@ class Made:
 
 
 def run(
-    config: Config, folder: Path, only: Only, *, leave_out: bool = False, processes: int = 1
-) -> Made:
-    """Make what is missing and write `experiment.json`.
+    config: Config, folder: Path, only: Only, *, leave_out: bool = False, processes: int = 1,
+    command: str = "",
+) -> Made:  # fmt: skip
+    """Make what is missing and write `experiment.json`; `command` is what asked for it.
 
     Raises:
         DatasetError: what `plan` and `guard` refuse, or another process writes there.
@@ -61,7 +62,7 @@ def run(
         sets, dropped = pools_apart(sets, leave_out)
         asked = plan(config, sets, folder, only)
         held = replace(guard(sets, config, leave_out), dropped=dropped)
-        about(config, sets, held, folder)
+        about(config, sets, held, folder, command)
         kept = held.kept(sets)
         failed: dict[str, str] = {}
         work = _here if processes == 1 else _spawned
@@ -80,7 +81,7 @@ def run(
     return Made(done, made, failed)
 
 
-def about(config: Config, sets: Sets, held: Guarded, folder: Path) -> None:
+def about(config: Config, sets: Sets, held: Guarded, folder: Path, command: str = "") -> None:
     """Write what the report needs besides the runs; what earlier calls wrote of runs stays.
 
     Raises:
@@ -106,6 +107,7 @@ def about(config: Config, sets: Sets, held: Guarded, folder: Path) -> None:
         mine += [one for one in out if (one["file"], one["by"]) not in by]
     document = {
         "config": config.document(),
+        "commands": list(dict.fromkeys([*before.get("commands", ()), *filter(None, [command])])),
         "tests": {name: len(samples) for name, samples in sets.tests.items()},
         "left_out": left,
         "generators": known,

@@ -67,9 +67,14 @@ class Sets:
         tests = {TEST: splits["test"]}
         learnable = list(splits["train"])
         for path in map(Path, config.external):
-            if path.resolve().name in tests:
+            if path.resolve() == Path(config.real).resolve():
                 raise DatasetError(
-                    f"external {path}: a test is called {path.resolve().name} already; rename it"
+                    f"external {path} is the real dataset, whose test is one already"
+                )
+            if path.resolve().name in (*tests, Path(config.real).resolve().name):
+                raise DatasetError(
+                    f"external {path}: another dataset or test is called {path.resolve().name} "
+                    "already; rename it"
                 )
             samples = _named(path, names)
             mixing.only_training([], samples)

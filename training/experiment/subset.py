@@ -26,6 +26,8 @@ def write_subset(config: Config, size: int, out: Path) -> dict[str, Any]:
     folder = Path(config.real)
     if (out / dataset.METADATA).exists():
         raise DatasetError(f"{out} is a dataset already; give --out another folder")
+    if size < 2:
+        raise DatasetError(f"--subset {size}: a number of real pictures, 2 or more")
     wanted = {sample.file for sample in Sets.read(replace(config, generators={})).subset(size)}
     records = [one for one in data.records(folder) if folder / one.file_name in wanted]
     for record in records:

@@ -229,7 +229,7 @@ def test_a_generated_copy_of_a_test_picture_is_not_learnt(
     assert "1 of 24 pictures of generator mini stand in a test" in said
     assert f"drawn/drawn000.png = real/{test.file.name}" in said
     assert main([str(file), "--out", str(out), "--leave-out"]) == 0
-    assert main([str(file), "--out", str(out), "--leave-out", "--list"]) == 0
+    assert main([str(file), "--out", str(out), "--list"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["done"] == 2
     for line in journal.lines(out).values():
         tested = raw.Scores.read(out / line["scores"])

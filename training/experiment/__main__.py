@@ -86,13 +86,12 @@ def work(settings: Settings, command: str = "") -> int:
 
 
 def _listed(config: Config, only: Only, settings: Settings) -> dict[str, Any]:
-    from training.experiment.guard import pools_apart
     from training.experiment.plan import plan
+    from training.experiment.run import as_recorded
     from training.experiment.sets import Sets
 
-    sets = Sets.read(config)
-    if settings.leave_out:
-        sets, _ = pools_apart(sets, True)
+    # To look for copies of tests again takes minutes: those that were found are known.
+    sets = as_recorded(Sets.read(config), settings.out)
     asked = plan(config, sets, settings.out, only)
     missing = set(asked.missing)
     for key in asked.wanted:

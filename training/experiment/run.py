@@ -123,6 +123,19 @@ def about(config: Config, sets: Sets, held: Guarded, folder: Path, command: str 
     files.write(folder / ABOUT, (json.dumps(document, indent=1) + "\n").encode())
 
 
+def as_recorded(sets: Sets, folder: Path) -> Sets:
+    """The sets without the generated pictures that earlier runs there left out."""
+    out = {
+        name: {one["file"] for one in left}
+        for name, left in _before(folder).get("dropped", {}).items()
+    }
+    pools = {
+        name: [one for one in pool if sets.names[one.file] not in out.get(name, ())]
+        for name, pool in sets.pools.items()
+    }
+    return replace(sets, pools=pools)
+
+
 def _before(folder: Path) -> dict[str, Any]:
     """What an earlier call wrote; nothing where it is gone."""
     try:

@@ -76,15 +76,15 @@ def webdataset(folder: Path, records: Sequence[Record], per_shard: int) -> list[
     keys = _keys(records)
     whole, part, old = (folder / name for name in (SHARDS, f".{SHARDS}.part", f".{SHARDS}.old"))
     with _naming(whole):
-        for left in (part, old):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        sweep(folder)
         part.mkdir()
         try:
             names: list[str] = []
             for start in range(0, len(records), per_shard):
                 names.append(f"{len(names):06d}.tar")
                 with files.replacing(part / names[-1]) as stream:
-                    _write_tar(stream, folder, records[start:][:per_shard], keys[start:])
+                    part_of = slice(start, start + per_shard)
+                    _write_tar(stream, folder, records[part_of], keys[part_of])
             if whole.exists():
                 whole.rename(old)
             part.rename(whole)
@@ -102,7 +102,7 @@ def _write_tar(
 ) -> None:
     # Equal bytes for equal datasets: no times, no owners, and members in the order of their names.
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for record, (key, suffix) in zip(records, keys, strict=False):
+        for record, (key, suffix) in zip(records, keys, strict=True):
             sample = {
                 "cls": str(LABELS.index(record.label)).encode(),
                 "json": json.dumps(record.to_mapping(), ensure_ascii=False).encode(),
@@ -164,8 +164,7 @@ def parquet(folder: Path, records: Sequence[Record], embed: bool = False) -> Pat
     schema = _schema(kinds, embed)
     path = folder / TABLE
     with _naming(path):
-        for left in folder.glob(f".{TABLE}.*"):  # by a process that was killed
-            left.unlink()
+        sweep(folder)
         rest = iter(records)
         with files.replacing(path) as stream, pq.ParquetWriter(stream, schema) as writer:
             while group := list(islice(rest, _ROWS_OF_PICTURES if embed else _ROWS)):

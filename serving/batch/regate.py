@@ -93,19 +93,21 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _check_measured(record: Record, measures: object, gate: Thresholds) -> None:
     """Refuse to judge by what is not known."""
     there: Mapping[str, Any] = measures if isinstance(measures, dict) else {}
-    for name in _needed(gate):
-        if name not in there:
+    for name, kind in _needed(gate):
+        if not isinstance(there.get(name), kind):
             raise DatasetError(
-                f"{record.file_name}: {name} was not measured; draw with a gate that measures it, "
-                "or turn its rule off"
+                f"{record.file_name}: {name} was not measured (it is {there.get(name)!r}); draw "
+                "with a gate that measures it, or turn its rule off"
             )
 
 
-def _needed(gate: Thresholds) -> Iterator[str]:
+def _needed(gate: Thresholds) -> Iterator[tuple[str, type]]:
     if gate.agreement != OFF:
-        yield "probability"
+        yield "probability", float
+        yield "decision", str
     if gate.attributes:
-        yield "found"
+        yield "found", bool
+        yield "shares", dict
 
 
 def _link(source: Path, target: Path) -> None:

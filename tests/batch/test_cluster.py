@@ -161,9 +161,14 @@ def test_an_address_without_a_cluster_is_told(
         connection.reachable(Settings(out=tmp_path / "out", ray=address))
 
 
-def test_without_an_address_nothing_is_reached_for(tmp_path: Path) -> None:
+def test_without_an_address_nothing_is_reached_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached: list[object] = []
+    monkeypatch.setattr(connection.socket, "create_connection", lambda *to, **_: reached.append(to))
     connection.reachable(Settings(out=tmp_path / "out"))
     connection.reachable(Settings(out=tmp_path / "out", ray="local"))
+    assert reached == []
 
 
 def test_a_cluster_that_is_not_there_is_told(tiny_bundle, tmp_path, capsys) -> None:

@@ -118,13 +118,13 @@ def test_pods_run_the_command_on_what_is_mounted(job: dict[str, Any]) -> None:
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     command = container["command"] + container["args"]
-    assert command[:4] == ["python", "-m", "serving.batch", "/work/requests.jsonl"]
-    assert command[4:8] == ["--bundle", "/bundle", "--out", "/work/out"]
+    assert command[:4] == ["python", "-m", "serving.batch", "/job/requests.jsonl"]
+    assert command[4:8] == ["--bundle", "/bundle", "--out", "/job/out"]
     # An engine's threads decide its last bits: they are those of the CPUs, not of whatever node.
     threads = command[command.index("--threads") + 1]
     assert threads == container["resources"]["requests"]["cpu"]
     mounts = {one["mountPath"]: one for one in container["volumeMounts"]}
-    assert mounts.keys() == {"/work", "/bundle", "/tmp"}
+    assert mounts.keys() == {"/job", "/bundle", "/tmp"}
     assert mounts["/bundle"]["readOnly"]
     volumes = {one["name"]: one for one in pod["volumes"]}
     assert {one["name"] for one in mounts.values()} == volumes.keys()

@@ -216,7 +216,9 @@ class TestBoth:
     def test_a_record_without_sha256_is_taken_as_it_is(
         self, tmp_path: Path, writer: Callable[[Path, list[Record]], object]
     ) -> None:
+        before = content(tmp_path).keys()
         writer(tmp_path, [replace(record, sha256="") for record in write(tmp_path)])
+        assert content(tmp_path).keys() > before
 
     @pytest.mark.parametrize("earlier", [False, True])
     def test_a_full_disk_leaves_no_half_file(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,10 @@ def test_what_cannot_be_judged_is_refused(drawn: Path, tmp_path: Path, capsys) -
     dataset.write(drawn, [Record(file_name=one.file_name, label=one.label) for one in records])
     assert main(arguments) == 2
     assert "probability was not measured" in capsys.readouterr().err
+    broken = {"probability": 0.5, "decision": "benign", "found": True, "shares": None}
+    dataset.write(drawn, [replace(one, more={"measured": broken}) for one in records])
+    assert main(arguments) == 2
+    assert "shares was not measured (it is None)" in capsys.readouterr().err
     (drawn / "manifest.json").unlink()
     assert main(arguments) == 2
     assert "manifest.json" in capsys.readouterr().err

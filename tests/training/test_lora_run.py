@@ -376,7 +376,9 @@ def test_encoders_stay_on_disk_where_all_is_cached(
         raise AssertionError(name)
 
     monkeypatch.setattr(Base, "part", opened)
-    run(make("second", steps=1))
+    second = make("second", steps=1)
+    run(second)
+    assert len(_curve(second.out)) == 1
 
 
 def _strange_chunk(png: bytes) -> bytes:

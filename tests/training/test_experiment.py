@@ -526,3 +526,47 @@ def test_doing_names_the_generator_and_ratio() -> None:
     assert "adding as many" in sentences.doing(replace(cell, ratio=1.0))
     assert math.isclose(sentences.outward([0.002, 0.002])[0], 0.002)
     assert sentences.outward([0.002, 0.002]) == (0.002, 0.002)
+
+
+def test_weights_that_saw_a_test_are_refused_or_its_picture_left_out(
+    folder: Path, tmp_path: Path
+) -> None:
+    before = made(tmp_path / "before", ("train",) * 4, 2000)
+    shutil.copy(folder / "elsewhere" / "elsewhere003.png", before / "before003.png")
+    model = {**MODEL, "pretrained": str(tmp_path / "weights"), "saw": str(before)}
+    config = Config.read(experiment(folder, tmp_path, model=model))
+    sets = Sets.read(config)
+    with pytest.raises(DatasetError, match="weights that model begins with"):
+        guard.guard(sets, config, leave_out=False, threads=1)
+    held = guard.guard(sets, config, leave_out=True, threads=1)
+    assert {one.file for one in held.left_out["elsewhere"]} == {"elsewhere/elsewhere003.png"}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"pretrained": "weights"}, "pretrained without saw"),
+        ({"saw": []}, "saw without pretrained"),
+        ({"pretrained": "weights", "saw": 3}, "saw needs a path or a list of paths"),
+        ({"pretrained": 3, "saw": []}, "pretrained needs a path"),
+    ],
+)
+def test_what_weights_saw_is_said(
+    folder: Path, tmp_path: Path, more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DatasetError, match=said):
+        Config.read(experiment(folder, tmp_path, model={**MODEL, **more}))
+
+
+def test_other_weights_at_the_same_path_are_another_recipe(folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    model = {**MODEL, "pretrained": str(weights), "saw": []}
+    config = Config.read(experiment(folder, tmp_path, model=model))
+    found = []
+    for content in (b"first", b"second"):
+        (weights / "model.safetensors").write_bytes(content)
+        asked = plan.plan(config, Sets.read(config), tmp_path / "runs", Only({}))
+        found.append({one["pretrained"] for one in asked.settings.values()})
+    assert len(found[0]) == len(found[1]) == 1
+    assert found[0] != found[1]

@@ -59,7 +59,8 @@ def invented(
                     }
                 )  # fmt: skip
     about = {
-        "config": {}, "val_copies": 2, "tests": {"test": N + 2}, "same_as_real": {"small": 4},
+        "config": {"generators": {"mini": {"cpu_hours": 2.5, "gpu_hours": None}, "small": {}}},
+        "val_copies": 2, "tests": {"test": N + 2}, "same_as_real": {"small": 4},
         "left_out": {
             "test": [{"file": "real/x.png", "by": "generator mini", "seen": "a/b.png", "why": "w"}]
         },

@@ -54,10 +54,15 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Model:
-    """A recipe of all runs but for seed and what an arm changes; `pretrained` are its weights."""
+    """A recipe of all runs but for seed and what an arm changes.
+
+    `pretrained` are the weights that every run begins with, and `saw` the lesions that those have
+    seen: dataset folders (their train split), or indices of pictures (`.npz`).
+    """
 
     recipe: Recipe
     pretrained: str | None = None
+    saw: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,20 @@ class Generator:
         saw: dataset folders (their train split), or indices of pictures (`.npz`).
         sizes: the real subsets it is for; all, if none are given.
         subset: it claims to have seen nothing but the real subset of `sizes`.
+        cpu_hours, gpu_hours: what its training and its pictures cost, for the table of costs.
     """
 
     data: str
     saw: str | tuple[str, ...]
     sizes: tuple[int, ...] = ()
     subset: bool = False
+    cpu_hours: float | None = None
+    gpu_hours: float | None = None
 
     @property
     def seen(self) -> tuple[Path, ...]:
         """The paths of `saw`."""
-        return tuple(Path(one) for one in ([self.saw] if isinstance(self.saw, str) else self.saw))
+        return _paths(self.saw)
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,16 @@ def _model(name: str, said: Mapping[str, Any]) -> Model:
     pretrained = values.pop("pretrained", None)
     if pretrained is not None and not isinstance(pretrained, str):
         raise DatasetError(f"{where}.pretrained needs a path, not {pretrained!r}")
+    saw = values.pop("saw", None)
+    if (saw is None) != (pretrained is None):
+        lacking = ("pretrained", "saw") if pretrained is None else ("saw", "pretrained")
+        raise DatasetError(
+            f"{where} has {lacking[1]} without {lacking[0]}: say which lesions the weights have "
+            "seen, [] for none (as those of ImageNet)"
+        )
+    listed = [saw] if isinstance(saw, str) else saw or []
+    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+        raise DatasetError(f"{where}.saw needs a path or a list of paths, not {saw!r}")
     if "architecture" in values:
         # The default's arguments are those of the default's architecture.
         values.setdefault("model_args", {})
@@ -199,7 +217,11 @@ def _model(name: str, said: Mapping[str, Any]) -> Model:
             f"{where}.auxiliary: synthetic pictures have no masks and no experts' structures, so "
             "arms would differ in more than their pictures; leave it out"
         )
-    return Model(recipe, pretrained)
+    return Model(recipe, pretrained, _paths(tuple(listed)))
+
+
+def _paths(saw: str | tuple[str, ...]) -> tuple[Path, ...]:
+    return tuple(Path(one) for one in ([saw] if isinstance(saw, str) else saw))
 
 
 def changed(recipe: Recipe, arm: str, seed: int) -> Recipe:

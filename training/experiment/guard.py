@@ -78,7 +78,10 @@ def guard(sets: Sets, config: Config, leave_out: bool, threads: int = 2) -> Guar
     learnt = {
         f"training and validation of {Path(config.real).resolve().name}": joined([train, val])
     }
-    indices = {name: _seen(one, threads) for name, one in config.generators.items()}
+    for name, model in config.recipes().items():
+        if model.saw:
+            learnt[f"the weights that {name} begins with"] = _seen(model.saw, threads)
+    indices = {name: _seen(one.seen, threads) for name, one in config.generators.items()}
     learnt |= {f"generator {name} or its captions": found for name, found in indices.items()}
     left: dict[str, list[Left]] = {}
     tests: dict[str, Index] = {}
@@ -180,9 +183,9 @@ def _refuse(left: Mapping[str, Sequence[Left]], sets: Sets) -> None:
         )
 
 
-def _seen(generator: Generator, threads: int) -> Index:
-    """All that a generator saw, as one index."""
-    return joined([leaks.seen(path, ("train",), threads) for path in generator.seen])
+def _seen(paths: Sequence[Path], threads: int) -> Index:
+    """All that a generator, or weights, saw, as one index."""
+    return joined([leaks.seen(path, ("train",), threads) for path in paths])
 
 
 def joined(indices: Sequence[Index]) -> Index:

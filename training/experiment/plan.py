@@ -20,7 +20,7 @@ from typing import Any
 
 from training.data import Sample
 from training.experiment import alike
-from training.experiment.config import REAL, UPPER, Config, changed
+from training.experiment.config import REAL, UPPER, Config, Model, changed
 from training.experiment.journal import lines
 from training.experiment.key import Key, Only, planned
 from training.experiment.sets import Sets, chosen, digest
@@ -111,13 +111,23 @@ def _common(config: Config, sets: Sets, known: _Digests) -> dict[Key, dict[str, 
         Key(REAL, "", name, 0, 0.0, 0): _as_read(
             {
                 "recipe": model.recipe.fixed(),
-                "pretrained": model.pretrained,
+                "pretrained": _weights(model),
                 "val": known(sets.val),
                 "tests": {test: known(samples) for test, samples in sets.tests.items()},
             }
         )
         for name, model in config.recipes().items()
     }
+
+
+def _weights(model: Model) -> str | None:
+    """The weights that runs begin with: their path, and a part of the hash of what lies there."""
+    if model.pretrained is None:
+        return None
+    path = Path(model.pretrained)
+    inside = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    files = inside if path.is_dir() else [path]
+    return " ".join([model.pretrained, *map(digest, files)])
 
 
 def _as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,7 +140,7 @@ def _settings(key: Key, config: Config, sets: Sets, known: _Digests) -> dict[str
     model = config.recipes()[key.model]
     settings = {
         "recipe": changed(model.recipe, key.arm, key.seed).fixed(),
-        "pretrained": model.pretrained,
+        "pretrained": _weights(model),
         "learnt": known(chosen(sets, config, key)),
         "val": known(sets.val),
         "tests": {name: known(samples) for name, samples in sets.tests.items()},

@@ -120,7 +120,7 @@ def _model(results: Results, model: str) -> list[str]:
         f"{recipe['steps']} steps of {recipe['batch']}, {recipe['optimizer']} at "
         f"{recipe['rate']:g}, "
         + ("from random weights." if _pretrained(results, model) is None
-           else f"from {_pretrained(results, model)}."),
+           else f"from {_pretrained(results, model)}, {_weights_saw(results, model)}."),
         "",
     ]  # fmt: skip
     for view in results.views():
@@ -165,6 +165,14 @@ def _changed(change: Any) -> Any:
 def _pretrained(results: Results, model: str) -> str | None:
     found = next(v["settings"]["pretrained"] for k, v in results.lines.items() if k.model == model)
     return None if found is None else str(found)
+
+
+def _weights_saw(results: Results, model: str) -> str:
+    config = results.about["config"]
+    said = (config.get("models") or {}).get(model) or config.get("model") or {}
+    saw = said.get("saw") or []
+    names = [saw] if isinstance(saw, str) else saw
+    return f"which saw {', '.join(names)}" if names else "which saw no lesion"
 
 
 def _generators(results: Results) -> list[str]:

@@ -156,6 +156,11 @@ def cost(results: Results) -> list[str]:
     for (model, arm), keys in groups.items():
         hours = results.hours(keys)
         rows.append([model, arm or NONE, str(len(keys)), *(f"{h:.2f}" for h in hours.values())])
+    for name, said in results.about["config"]["generators"].items():
+        stated = [said.get("cpu_hours"), said.get("gpu_hours")]
+        shown = [NONE if one is None else f"{one:.2f}" for one in stated]
+        if shown != [NONE, NONE]:
+            rows.append([f"generator {name}, as stated", NONE, NONE, NONE, *shown])
     return table(["model", "arm", "runs", "wall-clock h", "CPU h", "GPU h"], rows)
 
 

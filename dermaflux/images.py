@@ -1,7 +1,8 @@
 """Pictures in and out: uploads decoded with suspicion, generated images written with their marks.
 
 A generated image says in itself that it is synthetic (the IPTC digital source type, in XMP) and how
-to make it again (`dermaflux.*` texts). Both are metadata: any program that saves the picture anew
+to make it again (`dermaflux.*` texts of a PNG; JPEG and WebP have no such texts, so their record
+stands in the same XMP packet, as JSON). Both are metadata: any program that saves the picture anew
 may drop them.
 
     >>> data = encode_png(pixels, pipeline.record(request))
@@ -12,9 +13,12 @@ may drop them.
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from html import unescape
+from typing import Any, Final, Literal
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +27,10 @@ from PIL import Image, ImageOps, PngImagePlugin
 from dermaflux.errors import ImageError
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP")
+Form = Literal["png", "webp", "jpeg"]
+"""What a generated picture can be written as."""
+JPEG_QUALITY: Final = 90
+"""Of 100, if nothing is said: above it files grow faster than errors shrink."""
 MIN_SIDE: Final = 16
 """Pixels. Nothing can be said of a smaller picture; it is a spacer or a test."""
 
@@ -33,13 +41,18 @@ NOTICE: Final = "Synthetic image, not a photograph; research use"
 _COMPRESSION: Final = 4
 """Of zlib: less than half the time of its usual 6, for files that are 3 to 11 % larger."""
 _XMP_KEY: Final = "XML:com.adobe.xmp"
-_XMP: Final = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+_RECORD_SPACE: Final = "urn:dermaflux:record"
+
+
+def _xmp(more: str = "") -> str:
+    """The packet that marks a picture, with `more` attributes; without any it never changes."""
+    return f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
   <rdf:Description rdf:about=""
     xmlns:dc="http://purl.org/dc/elements/1.1/"
     xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
-    Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}">
+    Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"{more}>
    <dc:description><rdf:Alt>
     <rdf:li xml:lang="x-default">{NOTICE}</rdf:li>
    </rdf:Alt></dc:description>
@@ -92,26 +105,55 @@ def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
     for key, value in text.items():
         info.add_itxt(f"dermaflux.{key}", value)
     info.add_itxt("Description", NOTICE)
-    info.add_itxt(_XMP_KEY, _XMP)
+    info.add_itxt(_XMP_KEY, _xmp())
     stream = io.BytesIO()
     picture = Image.fromarray(pixels)
     picture.save(stream, format="PNG", pnginfo=info, compress_level=_COMPRESSION)
     return stream.getvalue()
 
 
+def encode(
+    pixels: NDArray[np.uint8],
+    text: Mapping[str, str],
+    form: Form = "png",
+    quality: int | None = None,
+) -> bytes:
+    """A file of uint8 [height, width, 3] in any of the forms, marked like `encode_png`'s.
+
+    `quality`, 1 to 100, is JPEG's (`JPEG_QUALITY` if not given) or that of a lossy WebP; without
+    one a WebP is lossless. A PNG has none.
+    """
+    if form == "png":
+        return encode_png(pixels, text)
+    # ASCII, since XML has no place for some characters that a prompt may have.
+    record = quoteattr(json.dumps(dict(text)))
+    space = f'\n    xmlns:dermaflux="{_RECORD_SPACE}"\n    dermaflux:record={record}'
+    xmp = _xmp(space).encode()
+    stream = io.BytesIO()
+    picture = Image.fromarray(pixels)
+    if form == "jpeg":
+        # No subsampling: colours are what a lesion is judged by.
+        picture.save(stream, "JPEG", quality=quality or JPEG_QUALITY, subsampling=0, xmp=xmp)
+    elif quality is None:
+        picture.save(stream, "WEBP", lossless=True, xmp=xmp)
+    else:
+        picture.save(stream, "WEBP", quality=quality, xmp=xmp)
+    return stream.getvalue()
+
+
 def read_marks(data: bytes) -> dict[str, str]:
-    """The marks of a PNG that `encode_png` wrote: `dermaflux.*`, `Description` and, where the XMP
-    packet names one, `DigitalSourceType`. Empty for any other PNG.
+    """The marks of a file that `encode` wrote: `dermaflux.*`, `Description` and, where the XMP
+    packet names one, `DigitalSourceType`. Empty for any other picture.
 
     Raises:
-        ImageError: it is not a PNG.
+        ImageError: it is not a PNG, JPEG or WebP.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             picture.load()
             texts: dict[str, Any] = {str(key): value for key, value in picture.info.items()}
     except Exception as error:
-        raise ImageError("the file is not a PNG picture") from error
+        raise ImageError("the file is not a PNG, JPEG or WebP picture") from error
     marks = {
         key: str(value)
         for key, value in texts.items()
@@ -119,8 +161,22 @@ def read_marks(data: bytes) -> dict[str, str]:
     }
     packet = texts.get(_XMP_KEY, texts.get("xmp", ""))
     packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else str(packet)
+    record = re.search(r"""dermaflux:record=("[^"]*"|'[^']*')""", packet)
+    if record:
+        marks |= {f"dermaflux.{key}": text for key, text in _record(unescape(record[1][1:-1]))}
+    description = re.search(r'<rdf:li xml:lang="x-default">([^<]+)</rdf:li>', packet)
+    if description:
+        marks.setdefault("Description", unescape(description[1]))
     found = re.search(r'Iptc4xmpExt:DigitalSourceType="([^"]+)"', packet)
     return {**marks, "DigitalSourceType": found[1]} if found else marks
+
+
+def _record(text: str) -> list[tuple[str, str]]:
+    try:
+        known = json.loads(text)
+    except ValueError:
+        return []
+    return [(key, str(value)) for key, value in known.items()] if isinstance(known, dict) else []
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

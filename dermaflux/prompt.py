@@ -8,6 +8,8 @@ no millimetres.
 
     >>> caption(Lesion(label="malignant", diagnosis="melanoma", colors=("dark brown", "black")))
     'dermoscopic image of a malignant lesion, melanoma, dark brown and black'
+    >>> parse("dermoscopic image of a benign lesion, nevus, small in the field").size
+    'small'
 """
 
 from __future__ import annotations
@@ -164,3 +166,65 @@ def caption(lesion: Lesion) -> str:
             "with " + " and ".join(word for word in STRUCTURES if word in lesion.structures)
         )
     return ", ".join(parts)
+
+
+def parse(text: str) -> Lesion:
+    """The lesion that a caption describes: the inverse of `caption`, and as exact.
+
+    `caption(parse(text)) == text` for every text that is taken, so nothing but words of the
+    vocabulary can be in one: no name, no number, no sentence of a caller's own.
+
+    Raises:
+        RequestError: the text is not one that `caption` writes; the field is `prompt`, and the
+            message shows the part that is not, where there is one, and an example.
+    """
+    first, *rest = text.split(", ")
+    known: dict[str, str | tuple[str, ...]] = {}
+    label = first.removeprefix("dermoscopic image of a ").removesuffix(" lesion")
+    if label not in LABELS:
+        raise _no_caption("it does not begin as one")
+    known["label"] = label
+    places = list(_READ)
+    for number, part in enumerate(rest, start=2):
+        while places:
+            name, words = places.pop(0)
+            if part in words:
+                known[name] = words[part]
+                break
+        else:
+            raise _no_caption(f"part {number} is none of its words, or not in its place")
+    try:
+        lesion = Lesion(**known)  # type: ignore[arg-type]
+    except RequestError as error:
+        raise _no_caption(str(error)) from None
+    if caption(lesion) != text:
+        raise _no_caption("it is written another way")
+    return lesion
+
+
+def _no_caption(why: str) -> RequestError:
+    example = Lesion("malignant", "melanoma", border="irregular", colors=("dark brown", "black"))
+    return RequestError(
+        "prompt", f"is no caption of a lesion: {why}; write for example {caption(example)!r}"
+    )
+
+
+def _subsets(words: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Every non-empty choice of words, in their order, by how a caption joins them."""
+    count = len(words)
+    chosen = (
+        tuple(word for place, word in enumerate(words) if mask >> place & 1)
+        for mask in range(1, 1 << count)
+    )
+    return {" and ".join(some): some for some in chosen}
+
+
+_READ: Final[Sequence[tuple[str, Mapping[str, str | tuple[str, ...]]]]] = (
+    ("diagnosis", {word: word for word in DIAGNOSES if word != "benign lesion"}),
+    ("asymmetry", {word: word for word in ASYMMETRIES}),
+    ("border", {f"{word} border": word for word in BORDERS}),
+    ("colors", _subsets(COLORS)),
+    ("size", {phrase: word for word, phrase in SIZES.items()}),
+    ("structures", {f"with {words}": some for words, some in _subsets(STRUCTURES).items()}),
+)
+"""Attribute and what its part of a caption can be, in caption order: 113 short texts in all."""

@@ -12,7 +12,13 @@ import pytest
 from PIL import Image
 
 from dermaflux.errors import ImageError
-from dermaflux.images import NOTICE, SOURCE_TYPE, decode_upload, encode_png, read_marks
+from dermaflux.images import (
+    NOTICE,
+    SOURCE_TYPE,
+    decode_upload,
+    encode,
+    read_marks,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
@@ -114,20 +120,40 @@ def test_damage_is_an_image_error_or_an_image(form):
             assert decode_upload(bytes(broken)).mode == "RGB"
 
 
-def test_marks_are_read_as_they_were_written():
-    text = {"prompt": "lésion 皮膚 🩺 <&>", "seed": "7", "bundle": "0123456789abcdef"}
-    data = encode_png(PIXELS, text)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), PIXELS)
+FORMS = [("png", None), ("webp", None), ("webp", 80), ("jpeg", None), ("jpeg", 100)]
+
+
+@pytest.mark.parametrize(("form", "quality"), FORMS)
+def test_marks_are_read_as_they_were_written(form, quality):
+    text = {
+        "prompt": "lésion 皮膚 🩺 <&> \"quoted\" 'single' \ufffe \\u0041 &quot;",
+        "seed": "7",
+        "bundle": "0123456789abcdef",
+    }
+    data = encode(PIXELS, text, form, quality)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert picture.format == form.upper()
+        # Without loss, but for JPEG and where a quality was asked for.
+        lossless = np.array_equal(np.asarray(picture), PIXELS)
+        assert lossless == (form != "jpeg" and quality is None)
     marks = read_marks(data)
-    assert marks["dermaflux.prompt"] == text["prompt"]
-    assert marks["dermaflux.seed"] == "7"
+    assert {f"dermaflux.{key}": value for key, value in text.items()}.items() <= marks.items()
     assert marks["DigitalSourceType"] == SOURCE_TYPE
     assert marks["Description"] == NOTICE
-    assert data == encode_png(PIXELS, text)
+    assert data == encode(PIXELS, text, form, quality)
 
 
-def test_the_synthetic_mark_is_where_other_programs_look():
-    with Image.open(io.BytesIO(encode_png(PIXELS, {}))) as picture:
+@pytest.mark.parametrize(("form", "quality"), FORMS)
+def test_the_longest_prompt_fits_into_the_marks(form, quality):
+    for letter in ("皮", "🩺", '"', "'", "&"):
+        text = {"prompt": letter * 2000}
+        assert read_marks(encode(PIXELS, text, form, quality))["dermaflux.prompt"] == text["prompt"]
+
+
+@pytest.mark.parametrize(("form", "quality"), FORMS)
+def test_the_synthetic_mark_is_where_other_programs_look(form, quality):
+    data = encode(PIXELS, {"prompt": "\"'<&> 皮膚"}, form, quality)
+    with Image.open(io.BytesIO(data)) as picture:
         picture.load()
         packet = ElementTree.fromstring(picture.info["xmp"])
     (description,) = packet.iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}Description")
@@ -135,7 +161,11 @@ def test_the_synthetic_mark_is_where_other_programs_look():
     assert description.get(f"{iptc}DigitalSourceType") == SOURCE_TYPE
 
 
-def test_a_picture_without_marks_has_none():
-    assert read_marks(encoded(Image.fromarray(PIXELS), "PNG")) == {}
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_without_marks_has_none(form):
+    assert read_marks(encoded(Image.fromarray(PIXELS), form)) == {}
+    strange = b'<x dermaflux:record="[1, 2"/><y dermaflux:record="3"/>'
+    if form != "PNG":
+        assert read_marks(encoded(Image.fromarray(PIXELS), form, xmp=strange)) == {}
     with pytest.raises(ImageError, match="not a PNG"):
-        read_marks(encoded(Image.fromarray(PIXELS), "JPEG"))
+        read_marks(b"GIF89a")

@@ -19,7 +19,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -88,6 +88,7 @@ def run(settings: Settings) -> dict[str, Any]:
     document |= {"calibration": judge.calibration, "test": figures}
     if judge.gated:
         document["gate"] = gate(raw, refused)
+        document["accepted"] = accepted(raw, refused, judge.calibration, settings.draws)
     if settings.threshold_for is not None:
         document["suggestion"] = suggestion(raw, settings.threshold_for, settings.draws)
     from training import plots
@@ -186,7 +187,7 @@ def fitted(judge: Judge, settings: Settings) -> tuple[RawScores, Judge]:
 def gate(raw: RawScores, refused: Sequence[Reasons]) -> dict[str, Any]:
     """How many of the lesions the gate would not have judged, by source and label, and why.
 
-    The figures are over all pictures, refused or not.
+    The figures of `test` are over all pictures, refused or not, `accepted` over the others.
     """
     any_of = np.array([bool(reasons) for reasons in refused])
     found: dict[str, Any] = {}
@@ -203,6 +204,15 @@ def gate(raw: RawScores, refused: Sequence[Reasons]) -> dict[str, Any]:
             "by": dict(codes.most_common()),
         }
     return found
+
+
+def accepted(
+    raw: RawScores, refused: Sequence[Reasons], calibration: Mapping[str, Any], draws: int
+) -> dict[str, Any]:
+    """The figures over the pictures that the gate let pass: of the answers that the service gives;
+    a source of which none passed is not there."""
+    passed = np.array([not reasons for reasons in refused])
+    return evaluation.figures(raw.where(passed), calibration, draws)
 
 
 def suggestion(raw: RawScores, wanted: float, draws: int) -> dict[str, Any]:
@@ -283,6 +293,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "left_out": document["left_out"]["pictures"],
                 "test": evaluation.brief(document["test"])}  # fmt: skip
         told |= {name: document[name] for name in ("gate", "suggestion") if name in document}
+        if "accepted" in document:
+            told["accepted"] = evaluation.brief(document["accepted"])
         print(json.dumps(told, allow_nan=False))
 
     return ended(work)

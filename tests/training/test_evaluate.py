@@ -290,4 +290,17 @@ def test_a_gated_bundles_figures_are_of_all_pictures(
     assert (code, told["test"]) == (0, free["test"])
     assert told["gate"]["drawn"]["refused"] == 1
     assert told["gate"]["drawn"]["by"] == {"too_dark": 6}
+    assert told["accepted"] == {}
     assert "gate" not in free
+
+
+def test_figures_of_accepted_pictures_are_without_the_refused() -> None:
+    probability = np.array([0.2, 0.9, 0.6, 0.7, 0.1])
+    raw = replace(_raw(probability, np.array([0, 0, 1, 1, 0])), split=np.full(5, "test"))
+    dark = (Reason("too_dark", ""),)
+    calibration = {"threshold": 0.5, "temperature": 1.0, "shift": 0.0, "abstain": [0.0, 0.0]}
+    found = evaluate.accepted(raw, [(), dark, (), (), ()], calibration, 20)
+    (source,) = found
+    assert found[source]["specificity"] == 1.0
+    assert found[source]["whole"]["auc"] == 1.0
+    assert evaluate.accepted(raw, [dark] * 5, calibration, 20) == {}

@@ -9,13 +9,16 @@ shown by `GET /v1/model`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from dermaflux.errors import DermaFluxError
+from serving.keyring import ROLES
 
 PREFIX = "DERMAFLUX_"
+LOG_FORMS = ("text", "json")
 
 
 class SettingError(DermaFluxError):
@@ -64,6 +67,45 @@ class Settings:
             "0: do not compare, and say so in the model card"
         },
     )
+    keys: Path | None = field(
+        default=None,
+        metadata={
+            "help": "file of API keys, made by python -m serving.keys; re-read as it changes"
+        },
+    )
+    keys_inline: str | None = field(
+        default=None, metadata={"help": "lines of such a file, for containers without one"}
+    )
+    open: bool = field(
+        default=False,
+        metadata={"help": "1: without keys, answer not this machine alone but whoever reaches it"},
+    )
+    anonymous_roles: tuple[str, ...] = field(
+        default=("generate", "classify"),
+        metadata={"help": "what callers without a key may do where there are no keys", "of": ROLES},
+    )
+    metrics_open: bool = field(
+        default=False, metadata={"help": "1: /metrics for everybody, though there are keys"}
+    )
+    tls_cert: Path | None = field(
+        default=None, metadata={"help": "PEM file of the certificate and its chain: serve HTTPS"}
+    )
+    tls_key: Path | None = field(
+        default=None, metadata={"help": "PEM file of the certificate's private key, not encrypted"}
+    )
+    tls_ca: Path | None = field(
+        default=None,
+        metadata={
+            "help": "PEM file of authorities: take only clients with a certificate of theirs"
+        },
+    )
+    log: str = field(
+        default="text", metadata={"help": "form of the log, a line a record", "of": LOG_FORMS}
+    )
+    otel_endpoint: str | None = field(
+        default=None,
+        metadata={"help": "address that takes OTLP traces over HTTP, such as .../v1/traces"},
+    )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -83,17 +125,31 @@ class Settings:
             text = environment.get(variable, "").strip()
             if not text:
                 continue
-            if item.name == "bundle":
-                values[item.name] = Path(text)
-            elif item.name == "golden":
-                values[item.name] = _switch(variable, text)
-            elif "min" in item.metadata:
-                values[item.name] = _number(
-                    variable, text, item.metadata["min"], whole="float" not in str(item.type)
-                )
-            else:
-                values[item.name] = text
+            values[item.name] = _value(variable, text, str(item.type), item.metadata)
         return cls(**values)  # type: ignore[arg-type]
+
+
+def _value(variable: str, text: str, kind: str, metadata: Mapping[str, Any]) -> object:
+    """The value of a field of this type (as it is written in the class) from its text."""
+    if kind.startswith("Path"):
+        return Path(text)
+    if kind == "bool":
+        return _switch(variable, text)
+    if kind.startswith(("int", "float")):
+        return _number(variable, text, metadata["min"], whole=kind.startswith("int"))
+    if kind.startswith("tuple"):
+        return _names(variable, text, metadata["of"])
+    if "of" in metadata and text not in metadata["of"]:
+        raise SettingError(f"{variable} is {text!r}; it needs {' or '.join(metadata['of'])}")
+    return text
+
+
+def _names(variable: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    given = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in given:
+        if name not in known:
+            raise SettingError(f"{variable} has {name!r}; it takes {', '.join(known)}")
+    return given
 
 
 def _switch(variable: str, text: str) -> bool:

@@ -1,15 +1,16 @@
 """The ASGI app: routes, page and headers over a pipeline, a classifier and their card.
 
 Knows nothing of BentoML and opens nothing, so a test runs it over fake engines; `serving.service`
-opens a bundle and puts the app behind BentoML.
+opens a bundle and puts the app behind BentoML. Who may call what stands in one table, `ROUTES`:
+what is not in it answers 404, and a route in it that has no endpoint stops the start.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -22,13 +23,17 @@ from starlette.staticfiles import StaticFiles
 
 from dermaflux.classifier import Classifier
 from dermaflux.pipeline import Pipeline
+from serving.access import Access, Admission, caller_of, require
 from serving.card import ModelCard
 from serving.classify import Classifying
 from serving.generate import Generation
+from serving.instant import Drawing
+from serving.keyring import Role
 from serving.metrics import Metrics
 from serving.openapi import document
 from serving.readiness import Readiness
 from serving.replies import Refusal, error_response, request_id
+from serving.scrape import exposition
 from serving.settings import Settings
 from serving.worker import Worker
 
@@ -38,8 +43,25 @@ if TYPE_CHECKING:
 
 STATIC = Path(__file__).parent / "static"
 READY_PATH = "/readyz"
-SYSTEM_PATHS = ("/livez", "/healthz", "/metrics", "/schema.json")
+METRICS_PATH = "/metrics"
+SYSTEM_PATHS = ("/livez", "/healthz")
 """Answered by BentoML before the app is asked; what reaches the app there has a wrong method."""
+OWN_PATHS = (READY_PATH, METRICS_PATH)
+"""BentoML would answer these too: the first without knowing what is drawn, the second anybody."""
+
+Whom = Role | Literal["anybody", "known"]
+"""Who may call a route: everybody, every caller with a key (or let in without), or one's role."""
+
+ROUTES: Mapping[str, tuple[Literal["GET", "POST"], Whom]] = {
+    "/v1/generate": ("POST", "generate"),
+    "/v1/generate/stream": ("POST", "generate"),
+    "/v1/classify": ("POST", "classify"),
+    "/v1/model": ("GET", "known"),
+    METRICS_PATH: ("GET", "admin"),
+    READY_PATH: ("GET", "anybody"),
+    "/openapi.json": ("GET", "anybody"),
+    "/": ("GET", "anybody"),
+}
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
@@ -52,6 +74,8 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
+HSTS = "max-age=31536000"
+"""A year; only over TLS, where a browser heeds it."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -64,7 +88,11 @@ def create_app(
     registry: CollectorRegistry,
     readiness: Readiness,
 ) -> Starlette:
-    """The app over parts that are loaded; its `state.close()` ends what still runs."""
+    """The app over parts that are loaded; its `state.close()` ends what still runs.
+
+    Raises:
+        KeysError: the keys that the settings name cannot be read.
+    """
     metrics = Metrics(registry)
     # One generation at a time: it takes every core. Classification is short and must not wait
     # behind one.
@@ -74,15 +102,26 @@ def create_app(
         )
         for name in ("generate", "classify")
     )
-    generation = Generation(pipeline, drawing, metrics, settings)
+    generation = Generation(pipeline, Drawing(pipeline, drawing, metrics), metrics, settings)
     classifying = Classifying(classifier, card.bundle, scoring, metrics, settings)
     openapi = document(card)
 
     async def send_document(_: Request) -> Response:
         return JSONResponse(openapi)
 
-    async def send_card(_: Request) -> Response:
-        return JSONResponse(card.model_copy(update={"golden": readiness.golden}).model_dump())
+    async def send_card(request: Request) -> Response:
+        told = card.model_copy(update={"golden": readiness.golden}).model_dump()
+        caller = caller_of(request)
+        told["roles"] = sorted(caller.roles)
+        if not caller.may("admin"):
+            # Which drivers a machine lacks helps its operator, and whoever looks for a way in.
+            for engine in told["engines"]:
+                engine["rejected"] = []
+        return JSONResponse(told, headers={"Cache-Control": "no-store"})
+
+    async def send_metrics(_: Request) -> Response:
+        text, kind = exposition(registry)
+        return Response(text, headers={"Content-Type": kind, "Cache-Control": "no-store"})
 
     async def send_readiness(_: Request) -> Response:
         readiness.require()
@@ -100,28 +139,39 @@ def create_app(
 
     def close() -> None:
         drawing.close()
+        generation.close()
         scoring.close()
 
     # Bounds the memory of bodies being read, before any queue is asked.
     door = asyncio.Semaphore(settings.open_requests)
 
-    def route(path: str, endpoint: Endpoint, method: str) -> Route:
+    def route(path: str, endpoint: Endpoint) -> Route:
+        method, whom = ROUTES[path]
+        if path == METRICS_PATH and settings.metrics_open:
+            whom = "anybody"
         # Only bodies take memory: the page and the card answer however crowded it is.
         guarded = _through(door, readiness, endpoint) if method == "POST" else endpoint
-        return Route(path, _answering(path, guarded, metrics), methods=[method])
+        return Route(path, _answering(path, _for(whom, guarded), metrics), methods=[method])
 
+    endpoints: Mapping[str, Endpoint] = {
+        "/v1/generate": generation.image,
+        "/v1/generate/stream": generation.stream,
+        "/v1/classify": classifying.photograph,
+        "/v1/model": send_card,
+        METRICS_PATH: send_metrics,
+        READY_PATH: send_readiness,
+        "/openapi.json": send_document,
+        "/": send_page,
+    }
     app = Starlette(
         routes=[
-            route("/v1/generate", generation.image, "POST"),
-            route("/v1/generate/stream", generation.stream, "POST"),
-            route("/v1/classify", classifying.photograph, "POST"),
-            route("/v1/model", send_card, "GET"),
-            route(READY_PATH, send_readiness, "GET"),
-            route("/openapi.json", send_document, "GET"),
-            route("/", send_page, "GET"),
+            *(route(path, endpoints[path]) for path in ROUTES),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
-        middleware=[Middleware(_SecurityHeaders)],
+        middleware=[
+            Middleware(_SecurityHeaders),
+            Middleware(Admission, access=Access.of(settings)),
+        ],
         exception_handlers={HTTPException: not_routed},
     )
     # A redirect to the address without the slash would be one more form of reply.
@@ -133,8 +183,20 @@ def create_app(
 def paths() -> frozenset[str]:
     """Every path that can answer with something else than 404."""
     files = {f"/static/{file.relative_to(STATIC).as_posix()}" for file in STATIC.rglob("*.*")}
-    ours = {"/", "/openapi.json", "/v1/model", "/v1/generate", "/v1/generate/stream", READY_PATH}
-    return frozenset({*files, *ours, "/v1/classify", *SYSTEM_PATHS})
+    return frozenset({*files, *ROUTES, *SYSTEM_PATHS})
+
+
+def _for(whom: Whom, endpoint: Endpoint) -> Endpoint:
+    """`endpoint` for these callers; a refusal for others, before anything of the body is read."""
+
+    async def admit(request: Request) -> Response:
+        if whom == "known":
+            caller_of(request)
+        elif whom != "anybody":
+            require(request, whom)
+        return await endpoint(request)
+
+    return admit
 
 
 def _through(door: asyncio.Semaphore, readiness: Readiness, endpoint: Endpoint) -> Endpoint:
@@ -177,6 +239,8 @@ class _SecurityHeaders:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(SECURITY_HEADERS)
+                if scope.get("scheme") == "https":
+                    headers["Strict-Transport-Security"] = HSTS
                 # Without a word browsers keep files of the page as long as they please.
                 headers.setdefault("Cache-Control", "no-cache")
             await send(message)

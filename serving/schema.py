@@ -21,6 +21,7 @@ ErrorCode = Literal[
     "busy",
     "cancelled",
     "deadline",
+    "forbidden",
     "internal",
     "invalid_image",
     "invalid_json",
@@ -30,6 +31,7 @@ ErrorCode = Literal[
     "not_found",
     "not_ready",
     "slow_upload",
+    "unauthorized",
     "unsuitable_image",
     "unsupported_media_type",
 ]

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from serving.replies import Refusal
-from serving.schema import GenerateRequest, first_fault
+from serving.schema import first_fault
+
+Model = TypeVar("Model", bound=BaseModel)
 
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 # Not a registered type, but common; what the bytes are is decided by the bytes.
@@ -22,8 +25,8 @@ _IMAGE_ALIASES = (*IMAGE_TYPES, "image/jpg")
 _ANY_TYPE = "application/octet-stream"
 
 
-async def read_generate_request(request: Request, limit: int, seconds: float) -> GenerateRequest:
-    """Read and check the JSON body of a generation.
+async def read_json(request: Request, model: type[Model], limit: int, seconds: float) -> Model:
+    """Read a JSON body and check it against `model`.
 
     Raises:
         Refusal: 415 not JSON by its type, 413 too long, 408 too slow, 400 not JSON,
@@ -37,9 +40,9 @@ async def read_generate_request(request: Request, limit: int, seconds: float) ->
         )
     body = await _read(request, limit, seconds)
     try:
-        return GenerateRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
-        message, field = first_fault(error)
+        message, field = first_fault(error, model)
         if error.errors(include_input=False)[0]["type"] == "json_invalid":
             raise Refusal(400, "invalid_json", message) from None
         raise Refusal(422, "invalid_request", message, field=field) from None

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from dermaflux.engines import Choice
 from dermaflux.prompt import DIAGNOSES, VOCABULARY
-from serving.schema import MAX_RATIO, MIN_SIDE
+from serving.schema import MAX_PREVIEWS, MAX_RATIO, MIN_SIDE
 from serving.settings import Settings
 
 NOTICE = (
@@ -48,6 +48,8 @@ class LimitsCard(BaseModel):
     max_size: int
     size_multiple: int
     max_steps: int
+    max_images: int
+    max_previews: int = MAX_PREVIEWS
     max_upload_bytes: int
     min_upload_side: int = MIN_SIDE
     max_upload_ratio: int = MAX_RATIO
@@ -138,6 +140,7 @@ def card_of(
             max_size=bundle.limits.max_size,
             size_multiple=bundle.limits.size_multiple,
             max_steps=bundle.limits.max_steps,
+            max_images=settings.max_images,
             max_upload_bytes=settings.max_upload_bytes,
             deadline_seconds=settings.deadline_seconds,
             waiting=settings.waiting,

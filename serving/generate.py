@@ -1,8 +1,8 @@
-"""`POST /v1/generate` and `POST /v1/generate/stream`: one image, at once or with its progress.
+"""`POST /v1/generate` and `POST /v1/generate/stream`: images, at once or with their progress.
 
-Both draw the same image from the same request. A client that leaves stops the work at the next
-step, in both. Reproduction data that is ASCII by nature goes into headers; the prompt, which may
-be any language, only into the PNG's text and the stream's JSON.
+Both draw the same images from the same request. A client that leaves stops the work before the
+next step, in both. What may be drawn is said by words of the vocabulary; text of a caller's own is
+a right (`free-text`), so that nothing personal and nothing unforeseen gets into a prompt unasked.
 """
 
 from __future__ import annotations
@@ -10,118 +10,89 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
-from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
+from dermaflux.decode import Pixels
 from dermaflux.errors import Cancelled, EngineError, RequestError
-from dermaflux.images import encode_png
-from dermaflux.pipeline import Pipeline, Progress
-from dermaflux.pipeline import Request as Wanted
-from dermaflux.prompt import Lesion, caption
-from serving.body import read_generate_request
+from dermaflux.flow import MAX_SEED
+from dermaflux.images import Form
+from dermaflux.pipeline import Pipeline
+from dermaflux.prompt import Lesion, caption, parse
+from dermaflux.request import Request as Wanted
+from serving.access import caller_of
+from serving.body import Model, read_json
+from serving.instant import Drawing, Position, Ticket
 from serving.metrics import Metrics
+from serving.pictures import Picture, preview, reply, written
 from serving.replies import Refusal, error_reply
 from serving.schema import (
     GenerateRequest,
     StreamImage,
+    StreamPosition,
     StreamProgress,
+    StreamRequest,
     StreamStart,
 )
 from serving.settings import Settings
-from serving.worker import Job, Worker
+from serving.stream import STILL_HERE, EventStream, Inbox, event, told
 
 logger = logging.getLogger(__name__)
 
-STILL_HERE_SECONDS = 10.0
-"""A comment goes out in a silence this long, so that no proxy between takes it for a dead line."""
-
-REPRODUCTION = ("bundle", "seed", "steps", "guidance", "engine", "precision")
-"""Parts of an image's record that are ASCII whatever was asked, so they can be headers."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A finished image as a PNG file, with what is needed to draw it again."""
-
-    wanted: Wanted
-    prompt_tokens: int
-    png: bytes
+WRITERS = 2
+"""Threads that write files; a large WebP takes half a second, which the drawing need not wait."""
 
 
 class Generation:
-    """The two routes over one pipeline."""
+    """The two routes over one pipeline and its queue."""
 
     def __init__(
-        self, pipeline: Pipeline, worker: Worker, metrics: Metrics, settings: Settings
+        self, pipeline: Pipeline, drawing: Drawing, metrics: Metrics, settings: Settings
     ) -> None:
         self._pipeline = pipeline
-        self._worker = worker
+        self._drawing = drawing
         self._metrics = metrics
         self._settings = settings
+        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
 
     async def image(self, request: Request) -> Response:
-        """The image as `image/png`."""
-        wanted = await self._wanted(request)
-        job = self._worker.submit(lambda job: self._draw(wanted, job, None))
-        drawn = await self._outcome(request, job)
-        return Response(drawn.png, media_type="image/png", headers=self._headers(drawn))
+        """One image as a file; several as a zip or as `multipart/mixed`."""
+        body = await self.read(request, GenerateRequest)
+        pictures = await self.drawn(request, self.wanted(request, body), body.format, body.quality)
+        return reply(pictures, request.headers.get("accept", ""))
 
     async def stream(self, request: Request) -> Response:
-        """Server-sent events: `queued`, `progress` per step, then `image` or `error`."""
-        wanted = await self._wanted(request)
-        loop = asyncio.get_running_loop()
-        news: asyncio.Queue[StreamProgress | None] = asyncio.Queue()
-
-        def on_step(progress: Progress) -> None:
-            step = StreamProgress(step=progress.step, steps=progress.steps)
-            loop.call_soon_threadsafe(news.put_nowait, step)
-
-        ahead = self._worker.busy
-        job = self._worker.submit(lambda job: self._draw(wanted, job, on_step))
-        start = StreamStart(ahead=ahead, seed=wanted.seed)
-        return _EventStream(self._events(request, start, job, news), job)
-
-    async def _events(
-        self,
-        request: Request,
-        start: StreamStart,
-        job: Job[Drawn],
-        news: asyncio.Queue[StreamProgress | None],
-    ) -> AsyncGenerator[str, None]:
-        outcome = asyncio.ensure_future(self._settled(job))
-        # The thread hands over its last step before its outcome, so this end comes after all steps.
-        outcome.add_done_callback(lambda _: news.put_nowait(None))
-        try:
-            yield _event("queued", start)
-            while True:
-                try:
-                    async with asyncio.timeout(STILL_HERE_SECONDS):
-                        step = await news.get()
-                except TimeoutError:
-                    yield ": still here\n\n"
-                    continue
-                if step is None:
-                    break
-                yield _event("progress", step)
-            yield _event("image", self._told(outcome.result()))
-        except Exception as error:
-            # The status has been sent, so failures from here on are told in the stream.
-            yield _event("error", error_reply(request, error), exclude_none=True)
-        finally:
-            outcome.cancel()
-
-    async def _wanted(self, request: Request) -> Wanted:
-        body = await read_generate_request(
-            request, self._settings.max_json_bytes, self._settings.deadline_seconds
+        """Server-sent events: `queued`, `position`, `progress`, then `image`s or `error`."""
+        body = await self.read(request, StreamRequest)
+        wanted = self.wanted(request, body)
+        inbox = Inbox()
+        ticket = self._drawing.submit(
+            wanted, caller_of(request).lane, previews=body.previews, on_news=inbox.hand_over
         )
-        wanted = self._pipeline.request(
+        return EventStream(self._events(request, body, wanted, ticket, inbox), ticket.stop)
+
+    async def read(self, request: Request, model: type[Model]) -> Model:
+        """The checked body."""
+        settings = self._settings
+        return await read_json(request, model, settings.max_json_bytes, settings.deadline_seconds)
+
+    def wanted(self, request: Request, body: GenerateRequest) -> list[Wanted]:
+        """What is to be drawn, one a picture.
+
+        Raises:
+            RequestError: a value is out of the bundle's range, or too much for this machine.
+            Refusal: 403, the prompt is text of the caller's own and the caller has no right to it.
+        """
+        if body.n > self._settings.max_images:
+            raise RequestError(
+                "n", f"{body.n} is out of range; use 1 to {self._settings.max_images}"
+            )
+        first = self._pipeline.request(
             _prompt(body),
             seed=body.seed,
             steps=body.steps,
@@ -129,8 +100,68 @@ class Generation:
             height=body.height,
             width=body.width,
         )
-        self._fits(wanted)
-        return wanted
+        if body.lesion is None:
+            _require_right(request, first.prompt)
+        self._fits(first)
+        seeds = [(first.seed + number) % (MAX_SEED + 1) for number in range(body.n)]
+        return [replace(first, seed=seed) for seed in seeds]
+
+    async def drawn(
+        self, request: Request, wanted: Sequence[Wanted], form: Form, quality: int | None
+    ) -> list[Picture]:
+        """The finished files in order, or `Cancelled` as soon as the client is gone."""
+        ticket = self._drawing.submit(wanted, caller_of(request).lane)
+        gone = asyncio.ensure_future(_gone(request))
+        images = asyncio.ensure_future(ticket.images())
+        try:
+            await asyncio.wait({gone, images}, return_when=asyncio.FIRST_COMPLETED)
+            if not images.done():
+                raise Cancelled("the client has left")
+            pixels = images.result()
+        finally:
+            ticket.stop()
+            gone.cancel()
+            images.cancel()
+        pairs = zip(pixels, wanted, strict=True)
+        return [await self._written(one, of, form, quality) for one, of in pairs]
+
+    def close(self) -> None:
+        """Writes nothing more."""
+        self._writers.shutdown(wait=False, cancel_futures=True)
+
+    async def _events(
+        self,
+        request: Request,
+        body: GenerateRequest,
+        wanted: Sequence[Wanted],
+        ticket: Ticket,
+        inbox: Inbox,
+    ) -> AsyncGenerator[str, None]:
+        images = asyncio.ensure_future(ticket.images())
+        # The thread hands over its last step before its outcome, so this end comes after all steps.
+        images.add_done_callback(lambda _: inbox.close())
+        try:
+            start = StreamStart(ahead=ticket.ahead, seed=wanted[0].seed, images=len(wanted))
+            yield event("queued", start)
+            async for news in told(inbox):
+                if news is None:
+                    yield STILL_HERE
+                elif isinstance(news, Position):
+                    yield event("position", StreamPosition(ahead=news.ahead))
+                else:
+                    shown = None if news.preview is None else await self._shown(news.preview)
+                    step = StreamProgress(
+                        image=news.item, step=news.step, steps=news.steps, preview=shown
+                    )
+                    yield event("progress", step)
+            for number, (pixels, one) in enumerate(zip(images.result(), wanted, strict=True)):
+                picture = await self._written(pixels, one, body.format, body.quality)
+                yield event("image", self._told(number, picture))
+        except Exception as error:
+            # The status has been sent, so failures from here on are told in the stream.
+            yield event("error", error_reply(request, error), exclude_none=True)
+        finally:
+            images.cancel()
 
     def _fits(self, wanted: Wanted) -> None:
         """Refuse at once what would fail when its turn comes."""
@@ -148,83 +179,31 @@ class Generation:
                 "of this machine; ask for a smaller one",
             ) from None
 
-    def _draw(
-        self, wanted: Wanted, job: Job[Drawn], on_step: Callable[[Progress], None] | None
-    ) -> Drawn:
-        """The work itself; runs in the worker's thread."""
-        self._metrics.took("wait", time.monotonic() - job.created)
-        with self._metrics.timed("generate"):
-            (pixels,) = self._pipeline.generate([wanted], on_step=on_step, cancelled=job.stopped)
+    async def _written(
+        self, pixels: Pixels, wanted: Wanted, form: Form, quality: int | None
+    ) -> Picture:
+        record = self._pipeline.record(wanted)
+        tokens = self._pipeline.token_count(wanted.prompt)
+        write = partial(written, pixels, wanted, record, tokens, form, quality)
         with self._metrics.timed("write_png"):
-            png = encode_png(pixels, self._pipeline.record(wanted))
-        return Drawn(wanted, self._pipeline.token_count(wanted.prompt), png)
+            return await asyncio.get_running_loop().run_in_executor(self._writers, write)
 
-    async def _outcome(self, request: Request, job: Job[Drawn]) -> Drawn:
-        """The job's result, or `Cancelled` as soon as the client is gone."""
-        gone = asyncio.ensure_future(_gone(request))
-        outcome = asyncio.ensure_future(self._settled(job))
-        try:
-            await asyncio.wait({gone, outcome}, return_when=asyncio.FIRST_COMPLETED)
-            if not outcome.done():
-                raise Cancelled("the client has left")
-            return outcome.result()
-        finally:
-            gone.cancel()
-            outcome.cancel()
+    async def _shown(self, pixels: Pixels) -> str:
+        loop = asyncio.get_running_loop()
+        return _base64(await loop.run_in_executor(self._writers, preview, pixels))
 
-    async def _settled(self, job: Job[Drawn]) -> Drawn:
-        """The job's result, counted by its outcome."""
-        try:
-            drawn = await job.result()
-        except (Cancelled, asyncio.CancelledError):
-            self._metrics.generation("cancelled")
-            raise
-        except Refusal:
-            self._metrics.generation("deadline")
-            raise
-        except Exception:
-            self._metrics.generation("failed")
-            raise
-        self._metrics.generation("done")
-        return drawn
-
-    def _headers(self, drawn: Drawn) -> Mapping[str, str]:
-        record = self._pipeline.record(drawn.wanted)
-        marks = {name.title(): record[name] for name in REPRODUCTION if name in record}
-        return {
-            **{f"X-DermaFlux-{name}": text for name, text in marks.items()},
-            "X-DermaFlux-Prompt-Tokens": str(drawn.prompt_tokens),
-            "Content-Disposition": f'inline; filename="dermaflux-{drawn.wanted.seed}.png"',
-            "Cache-Control": "no-store",
-        }
-
-    def _told(self, drawn: Drawn) -> StreamImage:
-        record = self._pipeline.record(drawn.wanted)
+    def _told(self, number: int, picture: Picture) -> StreamImage:
         return StreamImage(
-            **vars(drawn.wanted),
-            bundle=record["bundle"],
-            engine=record["engine"],
-            precision=record["precision"],
-            prompt_tokens=drawn.prompt_tokens,
+            image=number,
+            **vars(picture.wanted),
+            bundle=picture.record["bundle"],
+            engine=picture.record["engine"],
+            precision=picture.record["precision"],
+            prompt_tokens=picture.prompt_tokens,
             text_length=self._pipeline.model.text_length,
-            png=base64.b64encode(drawn.png).decode("ascii"),
+            format=picture.form,
+            file=_base64(picture.data),
         )
-
-
-class _EventStream(StreamingResponse):
-    """Ends the job with the response, however that ends."""
-
-    def __init__(self, events: AsyncGenerator[str, None], job: Job[Any]) -> None:
-        # Proxies such as nginx would else hold the events back until the image is there.
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._job.stop()
 
 
 def _prompt(body: GenerateRequest) -> str:
@@ -234,8 +213,24 @@ def _prompt(body: GenerateRequest) -> str:
     return caption(Lesion.from_mapping(body.lesion.model_dump(exclude_none=True)))
 
 
-def _event(name: str, data: BaseModel, *, exclude_none: bool = False) -> str:
-    return f"event: {name}\ndata: {data.model_dump_json(exclude_none=exclude_none)}\n\n"
+def _require_right(request: Request, prompt: str) -> None:
+    """Nothing, where the prompt is a caption or the caller may use free text."""
+    if caller_of(request).may("free-text"):
+        return
+    try:
+        parse(prompt)
+    except RequestError as error:
+        raise Refusal(
+            403,
+            "forbidden",
+            f"{error}. Free text needs the role free-text; without it describe the lesion in the "
+            "field lesion, by the words in GET /v1/model",
+            field="prompt",
+        ) from None
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
 
 
 async def _gone(request: Request) -> None:

@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 from dermaflux.request import MAX_GUIDANCE, MAX_PROMPT
 from serving.body import IMAGE_TYPES
 from serving.card import ModelCard
-from serving.generate import REPRODUCTION
+from serving.pictures import REPRODUCTION
 from serving.schema import (
     MAX_RATIO,
     MIN_SIDE,
@@ -22,16 +22,20 @@ from serving.schema import (
     ErrorReply,
     GenerateRequest,
     StreamImage,
+    StreamPosition,
     StreamProgress,
+    StreamRequest,
     StreamStart,
 )
 
 _MODELS: tuple[type[BaseModel], ...] = (
     GenerateRequest,
+    StreamRequest,
     Classification,
     ErrorReply,
     ModelCard,
     StreamStart,
+    StreamPosition,
     StreamProgress,
     StreamImage,
 )
@@ -57,7 +61,8 @@ def document(card: ModelCard) -> dict[str, Any]:
     _, schemas = models_json_schema(
         [(model, "validation") for model in _MODELS], ref_template="#/components/schemas/{model}"
     )
-    _bounds(schemas["$defs"]["GenerateRequest"]["properties"], card)
+    for name in ("GenerateRequest", "StreamRequest"):
+        _bounds(schemas["$defs"][name]["properties"], card)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -119,6 +124,7 @@ def _bounds(properties: dict[str, Any], card: ModelCard) -> None:
         # pydantic writes optional numbers as anyOf(number, null).
         properties[name]["anyOf"][0].update(bound)
         properties[name]["default"] = getattr(defaults, name)
+    properties["n"]["maximum"] = limits.max_images
     properties["prompt"]["anyOf"][0].update({"minLength": 1, "maxLength": MAX_PROMPT})
 
 

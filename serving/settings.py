@@ -48,7 +48,18 @@ class Settings:
     )
     waiting: int = field(
         default=8,
-        metadata={"help": "requests that may wait behind the running one; more get 429", "min": 0},
+        metadata={
+            "help": "images that may wait behind those that are drawn; more get 429",
+            "min": 0,
+        },
+    )
+    batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "images that are drawn together; measured at start if not given, and 1 is one "
+            "after the other",
+            "min": 1,
+        },
     )
     open_requests: int = field(
         default=64,
@@ -59,6 +70,9 @@ class Settings:
     )
     max_json_bytes: int = field(
         default=64_000, metadata={"help": "largest JSON request", "min": 1_000}
+    )
+    max_images: int = field(
+        default=8, metadata={"help": "most images that one request may ask for", "min": 1}
     )
     golden: bool = field(
         default=True,

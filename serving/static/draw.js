@@ -112,7 +112,7 @@ function showProgress(step, steps, text) {
 }
 
 function showImage(image, wanted) {
-  const bytes = Uint8Array.from(atob(image.png), (letter) => letter.charCodeAt(0));
+  const bytes = Uint8Array.from(atob(image.file), (letter) => letter.charCodeAt(0));
   const picture = new Blob([bytes], { type: "image/png" });
   if (shown) URL.revokeObjectURL(shown.address);
   const address = URL.createObjectURL(picture);

@@ -63,9 +63,11 @@ def test_wrong_methods_name_the_right_one(live: Live, method: str, path: str, al
 
 def test_open_requests_are_bounded() -> None:
     with running(open_requests=1) as live, ThreadPoolExecutor(1) as pool, live.brake.closed():
-        drawing = pool.submit(live.client.post, "/v1/generate", json={"prompt": "benign"})
+        drawing = pool.submit(
+            live.client.post, "/v1/generate", json={"lesion": {"label": "benign"}}
+        )
         live.brake.wait_for(1)
-        reply = live.client.post("/v1/generate", json={"prompt": "benign"})
+        reply = live.client.post("/v1/generate", json={"lesion": {"label": "benign"}})
         assert (reply.status_code, error(reply)["code"]) == (429, "busy")
         assert reply.headers["retry-after"] == "1"
         # What takes no memory answers all the same.
@@ -73,7 +75,10 @@ def test_open_requests_are_bounded() -> None:
         assert live.client.get("/").status_code == 200
         live.brake.open.set()
         assert drawing.result().status_code == 200
-        assert live.client.post("/v1/generate", json={"prompt": "benign"}).status_code == 200
+        assert (
+            live.client.post("/v1/generate", json={"lesion": {"label": "benign"}}).status_code
+            == 200
+        )
 
 
 def test_request_id_is_kept_if_harmless(live: Live) -> None:
@@ -103,9 +108,9 @@ def test_document_covers_every_route_with_the_bounds_of_the_bundle(live: Live) -
 @pytest.mark.parametrize(
     ("body", "valid"),
     [
-        ({"prompt": "x"}, True),
+        ({"prompt": "dermoscopic image of a benign lesion"}, True),
         ({"lesion": {"label": "benign"}}, True),
-        ({"prompt": "x", "lesion": None}, True),
+        ({"prompt": "dermoscopic image of a benign lesion", "lesion": None}, True),
         ({"prompt": None, "lesion": {"label": "benign"}}, True),
         ({}, False),
         ({"prompt": None, "lesion": None}, False),

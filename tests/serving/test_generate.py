@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import email
+import email.policy
 import io
 import json
 import socket
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,6 +25,7 @@ from dermaflux.hardware import Machine, Memory
 from dermaflux.images import read_marks
 from dermaflux.memory import CPU
 from dermaflux.residency import planned
+from serving.pictures import prefers_multipart
 from tests.serving.live import Live, running, until
 
 PROMPT = "dermoscopic image of a benign lesion"
@@ -78,14 +82,112 @@ def test_drawn_seeds_differ(live: Live) -> None:
     assert len(seeds) == 4
 
 
-def test_prompt_of_any_language_is_in_the_file_alone(live: Live) -> None:
+@pytest.mark.parametrize("form", ["png", "webp", "jpeg"])
+def test_prompt_of_any_language_is_in_the_file_alone(form: str) -> None:
     prompt = "Aufnahme einer Läsion, 黒色腫"
-    reply = live.client.post("/v1/generate", json={"prompt": prompt})
+    with running(anonymous_roles=("generate", "free-text")) as live:
+        reply = live.client.post("/v1/generate", json={"prompt": prompt, "format": form})
+    assert reply.headers["content-type"] == f"image/{form}"
     marks = read_marks(reply.content)
     assert marks["dermaflux.prompt"] == prompt
+    assert marks["dermaflux.seed"] == reply.headers["x-dermaflux-seed"]
     assert "Synthetic image" in marks["Description"]
     assert marks["DigitalSourceType"].endswith("trainedAlgorithmicMedia")
     assert prompt not in str(reply.headers)
+
+
+@pytest.mark.parametrize("path", ["/v1/generate", "/v1/generate/stream"])
+def test_free_text_is_a_right(live: Live, path: str) -> None:
+    reply = live.client.post(path, json={"prompt": "mole of Jane Doe"})
+    assert reply.status_code == 403
+    told = error(reply)
+    assert (told["code"], told["field"]) == ("forbidden", "prompt")
+    assert "role free-text" in told["message"]
+    assert "field lesion" in told["message"]
+    assert "Jane" not in reply.text
+    assert live.brake.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("ask", "form", "lossless"),
+    [
+        ({}, "PNG", True),
+        ({"format": "webp"}, "WEBP", True),
+        ({"format": "webp", "quality": 50}, "WEBP", False),
+        ({"format": "jpeg"}, "JPEG", False),
+        ({"format": "jpeg", "quality": 100}, "JPEG", False),
+    ],
+)
+def test_formats_hold_the_same_image(
+    live: Live, ask: dict[str, Any], form: str, lossless: bool
+) -> None:
+    reply = live.client.post("/v1/generate", json={"prompt": PROMPT, "seed": 3, **ask})
+    (expected,) = live.pipeline.generate([live.pipeline.request(PROMPT, seed=3)])
+    with Image.open(io.BytesIO(reply.content)) as picture:
+        assert picture.format == form
+        difference = np.abs(np.asarray(picture).astype(int) - expected)
+    assert (difference.max() == 0) == lossless
+    # The fake's images are noise, which nothing compresses well; another image is 60 off.
+    assert difference.mean() < 40
+    assert f".{'jpg' if form == 'JPEG' else form.lower()}" in reply.headers["content-disposition"]
+
+
+def singles(live: Live, **ask: Any) -> list[bytes]:
+    seed, count = ask.pop("seed"), ask.pop("n")
+    return [
+        live.client.post("/v1/generate", json={**ask, "seed": (seed + i) % 2**53}).content
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", [40, 2**53 - 2])
+def test_several_images_are_those_of_the_next_seeds_in_a_zip(live: Live, seed: int) -> None:
+    ask = {"prompt": PROMPT, "seed": seed, "n": 3, "steps": 2}
+    reply = live.client.post("/v1/generate", json=ask)
+    assert reply.headers["content-type"] == "application/zip"
+    assert reply.headers["x-dermaflux-images"] == "3"
+    assert reply.headers["x-dermaflux-seed"] == str(seed)
+    with zipfile.ZipFile(io.BytesIO(reply.content)) as archive:
+        assert archive.testzip() is None
+        files = [archive.read(name) for name in archive.namelist()]
+        assert archive.namelist()[0] == f"dermaflux-{seed}.png"
+    assert files == singles(live, **ask)
+    assert live.client.post("/v1/generate", json=ask).content == reply.content
+
+
+def test_several_images_as_parts_each_with_its_record(live: Live) -> None:
+    ask = {"prompt": PROMPT, "seed": 5, "n": 2, "format": "webp"}
+    reply = live.client.post("/v1/generate", json=ask, headers={"accept": "multipart/mixed"})
+    kind = reply.headers["content-type"]
+    assert kind.startswith("multipart/mixed; boundary=")
+    message = email.message_from_bytes(
+        f"Content-Type: {kind}\r\n\r\n".encode() + reply.content, policy=email.policy.HTTP
+    )
+    parts = list(message.iter_parts())
+    assert [part.get_content_type() for part in parts] == ["image/webp"] * 2
+    assert [part["X-DermaFlux-Seed"] for part in parts] == ["5", "6"]
+    assert [part.get_filename() for part in parts] == ["dermaflux-5.webp", "dermaflux-6.webp"]
+    assert [part.get_payload(decode=True) for part in parts] == singles(live, **ask)
+
+
+@pytest.mark.parametrize(
+    ("accept", "multipart"),
+    [
+        ("", False),
+        ("*/*", False),
+        ("application/json", False),
+        ("application/zip, multipart/mixed", False),
+        ("multipart/mixed", True),
+        ("Multipart/Mixed;q=0.5", True),
+        ("multipart/*", True),
+        ("multipart/mixed, application/zip;q=0.9", True),
+        ("multipart/mixed;q=0.3, */*;q=0.8", False),
+        ("multipart/mixed;q=much", False),
+        (";;,q=1,=", False),
+    ],
+)
+def test_what_is_accepted_is_weighed(accept: str, multipart: bool) -> None:
+    assert prefers_multipart(accept) == multipart
 
 
 def test_lesion_becomes_a_caption(live: Live) -> None:
@@ -119,6 +221,17 @@ def test_lesion_becomes_a_caption(live: Live) -> None:
         ({"prompt": PROMPT, "width": 40}, "width"),
         ({"prompt": PROMPT, "height": 16}, "height"),
         ({"prompt": PROMPT, "height": 4096}, "height"),
+        ({"prompt": PROMPT, "n": 0}, "n"),
+        ({"prompt": PROMPT, "n": 9}, "n"),
+        ({"prompt": PROMPT, "n": None}, "n"),
+        ({"prompt": PROMPT, "n": 2.0}, "n"),
+        ({"prompt": PROMPT, "format": "gif"}, "format"),
+        ({"prompt": PROMPT, "format": "PNG"}, "format"),
+        ({"prompt": PROMPT, "format": "jpeg", "quality": 0}, "quality"),
+        ({"prompt": PROMPT, "format": "webp", "quality": 101}, "quality"),
+        ({"prompt": PROMPT, "quality": 90}, None),
+        ({"prompt": PROMPT, "previews": -1}, "previews"),
+        ({"prompt": PROMPT, "previews": 9}, "previews"),
         ({"lesion": {}}, "lesion.label"),
         ({"lesion": {"label": "bening"}}, "lesion.label"),
         ({"lesion": {"label": "benign", "diagnosis": "melanoma"}}, "lesion.diagnosis"),
@@ -217,7 +330,7 @@ def test_queue_is_bounded_and_says_when_to_come_back() -> None:
             assert int(third.headers["retry-after"]) >= 1
             live.brake.open.set()
             assert first.result().status_code == 200
-            assert [name for name, _ in told] == ["progress"] * 4 + ["image"]
+            assert [name for name, _ in told][-1] == "image"
         assert live.count("dermaflux_requests_total", route="/v1/generate", status="429") == 1
 
 
@@ -250,13 +363,18 @@ def test_stream_tells_every_step_then_the_same_image(live: Live) -> None:
     with live.client.stream("POST", "/v1/generate/stream", json=ask) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
         told = list(events(reply))
-    assert told[0] == ("queued", {"ahead": 0, "seed": 5})
-    assert told[1:-1] == [("progress", {"step": n, "steps": 6}) for n in range(1, 7)]
+    assert told[0] == ("queued", {"ahead": 0, "seed": 5, "images": 1})
+    steps = [data["step"] for name, data in told if name == "progress"]
+    # A reader that falls behind misses steps, but never the last.
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 6
     name, image = told[-1]
     assert name == "image"
     single = live.client.post("/v1/generate", json=ask)
-    assert base64.b64decode(image.pop("png")) == single.content
+    assert base64.b64decode(image.pop("file")) == single.content
     assert image == {
+        "image": 0,
+        "format": "png",
         "seed": 5,
         "prompt": PROMPT,
         "steps": 6,
@@ -272,7 +390,7 @@ def test_stream_tells_every_step_then_the_same_image(live: Live) -> None:
 
 
 def test_stream_is_not_silent_for_long(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.generate.STILL_HERE_SECONDS", 0.05)
+    monkeypatch.setattr("serving.stream.STILL_HERE_SECONDS", 0.05)
     with (
         live.brake.closed(),
         live.client.stream("POST", "/v1/generate/stream", json={"prompt": PROMPT}) as reply,

@@ -1,0 +1,152 @@
+"""Streams: what waits for a slow reader is bounded, and a reader that takes nothing is given up."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import threading
+from collections.abc import AsyncGenerator, Awaitable
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.instant import Position, Step
+from serving.pictures import PREVIEW_SIDE, preview
+from serving.stream import EventStream, Inbox
+from tests.serving.live import Live
+from tests.serving.test_generate import PROMPT, error, events
+
+T = TypeVar("T")
+
+
+def run(work: Awaitable[T]) -> T:
+    async def bounded() -> T:
+        async with asyncio.timeout(10):
+            return await work
+
+    return asyncio.run(bounded())
+
+
+def test_inbox_keeps_the_newest_of_a_kind() -> None:
+    async def work() -> list[Any]:
+        inbox = Inbox()
+        for step in range(1, 10_001):
+            inbox.put(Position(ahead=10_001 - step))
+            inbox.put(Step(0, step, 10_000))
+            inbox.put(Step(1, step, 10_000))
+            assert len(inbox) <= 3
+        inbox.close()
+        return [await inbox.take() for _ in range(5)]
+
+    assert run(work()) == [
+        Position(1),
+        Step(0, 10_000, 10_000),
+        Step(1, 10_000, 10_000),
+        None,
+        None,
+    ]
+
+
+def test_inbox_keeps_a_preview_that_was_not_taken() -> None:
+    async def work() -> list[Any]:
+        inbox = Inbox()
+        shown, later = np.zeros((8, 8, 3), np.uint8), np.ones((8, 8, 3), np.uint8)
+        inbox.put(Step(0, 1, 4, shown))
+        inbox.put(Step(0, 2, 4))
+        first = await inbox.take()
+        inbox.put(Step(0, 3, 4, shown))
+        inbox.put(Step(0, 4, 4, later))
+        inbox.close()
+        return [first, await inbox.take()]
+
+    first, last = run(work())
+    assert (first.step, first.preview.max()) == (2, 0)
+    assert (last.step, last.preview.max()) == (4, 1)
+
+
+def test_inbox_is_told_by_another_thread() -> None:
+    async def work() -> list[Any]:
+        inbox = Inbox()
+        thread = threading.Thread(target=inbox.hand_over, args=(Step(0, 1, 1),))
+        thread.start()
+        taken = await inbox.take()
+        thread.join()
+        return [taken, inbox]
+
+    taken, inbox = run(work())
+    assert taken == Step(0, 1, 1)
+    # Its loop has ended: telling it now must not end the thread that draws.
+    inbox.hand_over(Step(0, 1, 1))
+
+
+@pytest.mark.parametrize("stalls", [False, True])
+def test_reader_that_takes_nothing_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, stalls: bool
+) -> None:
+    monkeypatch.setattr("serving.stream.SLOW_READER_SECONDS", 0.05)
+    ended: list[bool] = []
+    given: list[str] = []
+
+    async def two() -> AsyncGenerator[str, None]:
+        try:
+            for text in ("one", "two"):
+                given.append(text)
+                yield text
+        finally:
+            given.append("closed")
+
+    async def work() -> None:
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            if stalls and message.get("body"):
+                await asyncio.Event().wait()
+
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await EventStream(two(), lambda: ended.append(True))(scope, receive, send)
+
+    run(work())
+    assert ended == [True]
+    assert ("two" in given) != stalls
+
+
+def test_preview_is_small_whatever_it_is_of() -> None:
+    for height, width in ((1024, 512), (16, 32), (128, 128)):
+        data = preview(np.full((height, width, 3), 90, np.uint8))
+        with Image.open(io.BytesIO(data)) as picture:
+            assert picture.format == "JPEG"
+            assert max(picture.size) <= PREVIEW_SIDE
+            assert picture.width * height == picture.height * width
+        assert len(data) < 4000
+
+
+def test_several_images_come_with_their_numbers(live: Live) -> None:
+    ask = {"prompt": PROMPT, "seed": 8, "n": 3, "steps": 4, "format": "jpeg", "quality": 80}
+    with live.client.stream("POST", "/v1/generate/stream", json=ask) as reply:
+        told = list(events(reply))
+    assert told[0] == ("queued", {"ahead": 0, "seed": 8, "images": 3})
+    for image in range(3):
+        steps = [data["step"] for name, data in told[1:-3] if data.get("image") == image]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 4
+    images = [data for name, data in told if name == "image"]
+    assert [(data["image"], data["seed"]) for data in images] == [(0, 8), (1, 9), (2, 10)]
+    for data in images:
+        single = {**ask, "n": 1, "seed": data["seed"]}
+        assert data["format"] == "jpeg"
+        assert (
+            base64.b64decode(data["file"]) == live.client.post("/v1/generate", json=single).content
+        )
+    assert [name for name, _ in told[-3:]] == ["image"] * 3
+
+
+def test_previews_are_of_the_stream_alone(live: Live) -> None:
+    reply = live.client.post("/v1/generate", json={"prompt": PROMPT, "previews": 2})
+    assert (reply.status_code, error(reply)["field"]) == (422, "previews")
+    assert "previews: is not a field here" in json.loads(reply.content)["error"]["message"]

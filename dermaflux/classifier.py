@@ -26,7 +26,7 @@ from dermaflux.bundle import Bundle, ClassifierSpec
 from dermaflux.engines import Choice, Engine, choose, load
 from dermaflux.errors import BundleError, EngineError
 from dermaflux.flow import Floats
-from dermaflux.intake import Intake, Reason
+from dermaflux.intake import Intake, Look, Reason, look
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,24 @@ class Prediction:
     logits: tuple[float, ...]
     accepted: bool = True
     reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is needed of a picture from here on: the classifier's input float32 [3, H, W], and what
+    the gate looks at, where there is a gate. The picture itself can be forgotten."""
+
+    pixels: Floats
+    look: Look | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A prediction, and the graph's saliency float32 [rows, columns], its largest 1, where it gives
+    one: see `dermaflux.saliency`."""
+
+    prediction: Prediction
+    saliency: Floats | None = None
 
 
 class Classifier:
@@ -105,9 +123,25 @@ class Classifier:
         """
         predictions: list[Prediction] = []
         for start in range(0, len(images), self._max_batch):
-            chunk = images[start : start + self._max_batch]
-            pixels = np.stack([preprocess(image, self.spec) for image in chunk])
-            found = self.engine.run({"pixel_values": pixels})
+            chunk = [self.prepare(image) for image in images[start : start + self._max_batch]]
+            predictions += [one.prediction for one in self.judge(chunk)]
+        return predictions
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """An RGB picture, ready to be judged. May be called from several threads at once."""
+        seen = None if self.intake is None else look(image)
+        return Prepared(preprocess(image, self.spec), seen)
+
+    def judge(self, pictures: Sequence[Prepared]) -> list[Judged]:
+        """`classify` of pictures that `prepare` made ready; the same answers, in order.
+
+        Raises:
+            EngineError: the engine failed, or gave numbers that are not finite.
+        """
+        judged: list[Judged] = []
+        for start in range(0, len(pictures), self._max_batch):
+            chunk = pictures[start : start + self._max_batch]
+            found = self.engine.run({"pixel_values": np.stack([one.pixels for one in chunk])})
             read = ("logits",) if self.intake is None else ("logits", "features")
             for name in read:
                 if not np.isfinite(found[name]).all():
@@ -115,12 +149,14 @@ class Classifier:
                         f"{self.engine.name} in {self.engine.precision} gave {name} that are not "
                         "finite; try another precision"
                     )
-            for row, image in enumerate(chunk):
+            maps = found.get("saliency")
+            for row, one in enumerate(chunk):
                 reasons: tuple[Reason, ...] = ()
-                if self.intake is not None:
-                    reasons = self.intake.reasons(image, found["features"][row])
-                predictions.append(predict(found["logits"][row], self.spec, reasons))
-        return predictions
+                if self.intake is not None and one.look is not None:
+                    reasons = self.intake.reasons(one.look, found["features"][row])
+                prediction = predict(found["logits"][row], self.spec, reasons)
+                judged.append(Judged(prediction, None if maps is None else maps[row]))
+        return judged
 
 
 def preprocess(image: Image.Image, spec: ClassifierSpec) -> Floats:
@@ -130,16 +166,21 @@ def preprocess(image: Image.Image, spec: ClassifierSpec) -> Floats:
     Source: `timm.data.transforms_factory.transforms_imagenet_eval` with crop mode "center".
     """
     _, height, width = spec.input_size
-    target = tuple(math.floor(side / spec.crop_pct) for side in (height, width))
-    image = image.convert("RGB").resize(
-        _resized(image.size, *target), Image.Resampling[spec.interpolation.upper()]
-    )
-    left = round((image.width - width) / 2)
-    top = round((image.height - height) / 2)
+    size, (left, top) = frame(image.size, spec)
+    image = image.convert("RGB").resize(size, Image.Resampling[spec.interpolation.upper()])
     image = image.crop((left, top, left + width, top + height))
     shares = np.asarray(image, dtype=np.float32) / np.float32(255)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return np.ascontiguousarray(((shares - mean) / std).transpose(2, 0, 1))
+
+
+def frame(size: tuple[int, int], spec: ClassifierSpec) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How a picture of `size` becomes the input: the size it is resized to, and the left upper
+    corner of what is cut out of that. Pixels, across first."""
+    _, height, width = spec.input_size
+    target = tuple(math.floor(side / spec.crop_pct) for side in (height, width))
+    resized = _resized(size, *target)
+    return resized, (round((resized[0] - width) / 2), round((resized[1] - height) / 2))
 
 
 def predict(logits: Floats, spec: ClassifierSpec, reasons: tuple[Reason, ...] = ()) -> Prediction:

@@ -50,6 +50,22 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Look:
+    """All that the gate asks of a picture itself: its shorter side in pixels, how well it was
+    taken, and its description float32 [124]. A few numbers where the picture may be 100 MB."""
+
+    side: int
+    quality: Quality
+    description: Floats
+
+
+def look(picture: Image.Image) -> Look:
+    """An RGB picture, as the gate looks at it."""
+    pixels = square(picture)
+    return Look(min(picture.size), measure(pixels), describe(pixels))
+
+
+@dataclass(frozen=True)
 class Intake:
     """The gate with its limits and statistics: densities of descriptions (`dermaflux.appearance`),
     of these with the classifier's features, and two of descriptions in the same axes, of lesions
@@ -76,45 +92,46 @@ class Intake:
             raise BundleError(f"the statistics {file} cannot be read: {error}") from error
         return cls(spec, *(Density.of(_part(content, name)) for name in PARTS))
 
-    def reasons(self, picture: Image.Image, features: Floats) -> tuple[Reason, ...]:
+    def reasons(self, picture: Image.Image | Look, features: Floats) -> tuple[Reason, ...]:
         """Why an RGB picture with the classifier's features [F] is not to be judged; empty where it
         is. The worst first: what is wrong with the picture, then what it shows.
 
         Raises:
             BundleError: the statistics are of features of another length.
         """
-        return tuple(self._found(picture, features))
+        seen = picture if isinstance(picture, Look) else look(picture)
+        return tuple(self._found(seen, features))
 
     def scores(self, picture: Image.Image, features: Floats) -> tuple[Quality, float, float, float]:
         """The quality; how usual appearance and features are (logarithms of densities); and the
         logarithm of the odds that it is a lesion rather than a texture of something else."""
-        pixels = square(picture)
-        look = describe(pixels)
-        both = np.concatenate([look, features.astype(np.float32)])
+        seen = look(picture)
+        return seen.quality, *self._usual(seen, features)
+
+    def _usual(self, seen: Look, features: Floats) -> tuple[float, float, float]:
+        both = np.concatenate([seen.description, features.astype(np.float32)])
         if both.shape[0] != self.features.mean.shape[0]:
             raise BundleError(
                 f"the statistics {self.spec.file} are of {self.features.mean.shape[0]} numbers, "
                 f"the classifier gives {both.shape[0]}; fit them with: python -m training.intake"
             )
-        odds = self.lesions.score(look) - self.textures.score(look)
-        usual = self.appearance.score(look), self.features.score(both)
-        return measure(pixels), *usual, odds
+        odds = self.lesions.score(seen.description) - self.textures.score(seen.description)
+        return self.appearance.score(seen.description), self.features.score(both), odds
 
-    def _found(self, picture: Image.Image, features: Floats) -> Iterator[Reason]:
-        quality, look, both, odds = self.scores(picture, features)
-        small = min(picture.size)
-        if small < self.spec.min_side:
+    def _found(self, seen: Look, features: Floats) -> Iterator[Reason]:
+        usual, both, odds = self._usual(seen, features)
+        if seen.side < self.spec.min_side:
             yield Reason(
                 "too_small",
-                f"The picture is too small: {small} pixels on its shorter side, at least "
+                f"The picture is too small: {seen.side} pixels on its shorter side, at least "
                 f"{self.spec.min_side} are needed.",
             )
-        yield from faults(quality, self.spec)
-        if look < self.spec.appearance:
+        yield from faults(seen.quality, self.spec)
+        if usual < self.spec.appearance:
             yield Reason(
                 "unlike_training",
                 "The picture does not look like the dermoscopic pictures of lesions that the "
-                f"classifier learnt from: {look:.1f}, at least {self.spec.appearance:.1f} needed.",
+                f"classifier learnt from: {usual:.1f}, at least {self.spec.appearance:.1f} needed.",
             )
         if odds < self.spec.textures:
             yield Reason(

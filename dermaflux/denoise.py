@@ -1,14 +1,25 @@
 """The denoising loop: noise and text in, latents out, each item along its own schedule.
 
-The loop cannot tell one engine from another, nor a full batch from one whose neighbours have left.
+`Batch` holds items of one size that are denoised together. An item joins before any step, whatever
+the others have done by then, and leaves when its own steps are done or it is dropped; its latents
+are those that it gives alone, to the bit where an engine computes rows of a batch apart from each
+other. `denoise` is the loop over one batch that is whole from the start. Neither can tell one
+engine from another.
 
     >>> denoise(engine, model, schedule, latents, text, steps=[20, 4], guidance=[3.5, 3.5])
+
+    >>> batch = Batch(engine, model, schedule, h=16, w=16)
+    >>> batch.join("a", noise_a, text_a, steps=20, guidance=3.5)
+    >>> batch.step()                    # {}: "a" has done 1 of 20
+    >>> batch.join("b", noise_b, text_b, steps=1, guidance=3.5)
+    >>> batch.step()                    # {"b": latents}: "a" has done 2 of 20
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -17,6 +28,8 @@ from dermaflux.bundle import ModelSpec
 from dermaflux.engines import Array, Arrays, Engine
 from dermaflux.errors import Cancelled
 from dermaflux.flow import Floats, Schedule
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,111 @@ class Text:
         """The same for some items, in their order."""
         rows = list(items)
         return Text(self.embeddings[rows], self.pooled[rows])
+
+
+@dataclass
+class _Item:
+    """One item on its way: tokens [T, 4C] after `done` steps, and the velocity that led there."""
+
+    tokens: Floats
+    text: Text
+    sigmas: Floats
+    guidance: float | None
+    done: int = 0
+    velocity: Floats | None = None
+
+
+class Batch(Generic[K]):
+    """Items of one latent size h x w, by key. Belongs to one thread at a time.
+
+    The engine is told anew what stays the same over steps only when items came or went.
+    """
+
+    def __init__(
+        self, engine: Engine, model: ModelSpec, schedule: Schedule, h: int, w: int
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._schedule = schedule
+        self._h, self._w = h, w
+        self._items: dict[K, _Item] = {}
+        self._velocity_of: Callable[[Arrays], dict[str, Array]] | None = None
+
+    @property
+    def keys(self) -> tuple[K, ...]:
+        """Items that the next step moves, in the order in which they joined."""
+        return tuple(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def join(self, key: K, latents: Floats, text: Text, steps: int, guidance: float | None) -> None:
+        """Take an item in: noise float32 [C, h, w], a text of one row, steps from 1 on."""
+        assert key not in self._items, f"{key!r} is in the batch already"
+        assert latents.shape[1:] == (self._h, self._w), "a batch is of one size"
+        tokens = flow.pack(latents[None])
+        sigmas = self._schedule.sigmas(steps, tokens.shape[1])
+        self._items[key] = _Item(tokens[0], text, sigmas, guidance)
+        self._velocity_of = None
+
+    def drop(self, key: K) -> None:
+        """Let an item go before it is done; nothing where it is not here."""
+        if self._items.pop(key, None) is not None:
+            self._velocity_of = None
+
+    def step(self) -> dict[K, Floats]:
+        """One step for every item. Those that are done leave: their latents [C, h, w], by key.
+
+        Raises:
+            EngineError: the engine failed; all items are where they were before.
+        """
+        items = list(self._items.values())
+        if self._velocity_of is None:
+            self._velocity_of = self._engine.bind(self._constant(items))
+        sigma = np.array([item.sigmas[item.done] for item in items], dtype=np.float32)
+        after = np.array([item.sigmas[item.done + 1] for item in items], dtype=np.float32)
+        current = np.stack([item.tokens for item in items])
+        velocity = self._velocity_of(
+            {"hidden_states": current, "timestep": self._schedule.timesteps(sigma)}
+        )["out_hidden_states"]
+        moved = flow.euler_step(current, velocity, sigma, after)
+        for row, item in enumerate(items):
+            item.tokens, item.velocity, item.done = moved[row], velocity[row], item.done + 1
+        finished = {k: item for k, item in self._items.items() if item.done + 1 == len(item.sigmas)}
+        for key in finished:
+            self.drop(key)
+        return {key: self._unpacked(item.tokens) for key, item in finished.items()}
+
+    def clean(self, key: K) -> Floats | None:
+        """What an item's latents [C, h, w] will be as far as its last step can tell; None before.
+
+        x0 = x - sigma * v: along a rectified flow's straight line to its end (Liu et al., 2022).
+        """
+        item = self._items[key]
+        if item.velocity is None:
+            return None
+        clean: Floats = item.tokens - item.sigmas[item.done] * item.velocity
+        return self._unpacked(clean)
+
+    def done(self, key: K) -> int:
+        """Steps that an item has done."""
+        return self._items[key].done
+
+    def _constant(self, items: Sequence[_Item]) -> dict[str, Array]:
+        embeddings = np.concatenate([item.text.embeddings for item in items])
+        constant: dict[str, Array] = {
+            "encoder_hidden_states": embeddings,
+            "pooled_projections": np.concatenate([item.text.pooled for item in items]),
+            "img_ids": flow.image_ids(self._h, self._w),
+            "txt_ids": flow.text_ids(embeddings.shape[1]),
+        }
+        if self._model.guidance_embeds:
+            constant["guidance"] = np.array([item.guidance for item in items], dtype=np.float32)
+        return constant
+
+    def _unpacked(self, tokens: Floats) -> Floats:
+        latents: Floats = flow.unpack(tokens[None], self._h, self._w)[0]
+        return latents
 
 
 def denoise(
@@ -55,32 +173,18 @@ def denoise(
         EngineError: the engine failed.
     """
     _, _, h, w = latents.shape
-    tokens = flow.pack(latents)
-    schedules = [schedule.sigmas(count, tokens.shape[1]) for count in steps]
-    active: list[int] = []
-    velocity_of: Callable[[Arrays], dict[str, Array]] | None = None
+    batch: Batch[int] = Batch(engine, model, schedule, h, w)
+    for item, count in enumerate(steps):
+        batch.join(item, latents[item], text.take([item]), count, guidance[item])
+    finals = np.empty_like(latents)
     for step in range(max(steps)):
         stop_if(cancelled)
-        moving = [item for item, count in enumerate(steps) if step < count]
-        if velocity_of is None or moving != active:
-            active = moving
-            constant = {
-                "encoder_hidden_states": text.embeddings[active],
-                "pooled_projections": text.pooled[active],
-                "img_ids": flow.image_ids(h, w),
-                "txt_ids": flow.text_ids(text.embeddings.shape[1]),
-            }
-            if model.guidance_embeds:
-                constant["guidance"] = np.array([guidance[i] for i in active], dtype=np.float32)
-            velocity_of = engine.bind(constant)
-        sigma = np.array([schedules[item][step] for item in active], dtype=np.float32)
-        after = np.array([schedules[item][step + 1] for item in active], dtype=np.float32)
-        current = tokens[active]
-        velocity = velocity_of({"hidden_states": current, "timestep": schedule.timesteps(sigma)})
-        tokens[active] = flow.euler_step(current, velocity["out_hidden_states"], sigma, after)
+        moving = batch.keys
+        for item, final in batch.step().items():
+            finals[item] = final
         if on_step is not None:
-            on_step(step + 1, tuple(active))
-    return flow.unpack(tokens, h, w)
+            on_step(step + 1, moving)
+    return finals
 
 
 def stop_if(cancelled: Callable[[], bool] | None) -> None:

@@ -128,7 +128,7 @@ def nvidia(root: Path = Path("/")) -> tuple[tuple[Gpu, ...], str]:
     except pynvml.NVMLError as error:
         return (), f"NVIDIA's driver does not answer ({error})"
     try:
-        found = tuple(_gpu(pynvml, handle) for handle in _handles(pynvml))
+        found = tuple(_gpu(pynvml, handle) for handle in handles(pynvml))
     except pynvml.NVMLError as error:
         return (), f"NVIDIA's driver does not answer ({error})"
     finally:
@@ -136,7 +136,7 @@ def nvidia(root: Path = Path("/")) -> tuple[tuple[Gpu, ...], str]:
     return found, "" if found else "CUDA_VISIBLE_DEVICES leaves no NVIDIA GPU"
 
 
-def _handles(nvml: Any) -> Iterator[Any]:
+def handles(nvml: Any) -> Iterator[Any]:
     """Those that CUDA_VISIBLE_DEVICES leaves, in its order; CUDA stops at the first it lacks."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = nvml.nvmlDeviceGetCount()

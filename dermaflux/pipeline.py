@@ -229,7 +229,7 @@ class Pipeline:
             RequestError: given latents have another shape.
             EngineError: an engine failed, or an image does not fit in memory.
         """
-        with self._turn():
+        with self.turn():
             return self.develop(
                 self.latents(requests, noise=latents, on_step=on_step, cancelled=cancelled),
                 cancelled=cancelled,
@@ -249,7 +249,7 @@ class Pipeline:
         """
         if not requests:
             return []
-        with self._turn():
+        with self.turn():
             batches = list(self._batches([(one.height, one.width) for one in requests]))
             total = sum(max(requests[item].steps for item in batch) for batch in batches)
             stop_if(cancelled)
@@ -264,7 +264,7 @@ class Pipeline:
             for batch in batches:
                 members = [requests[item] for item in batch]
                 given = [None if noise is None else noise[item] for item in batch]
-                start = np.stack([self._start(m, g) for m, g in zip(members, given, strict=True)])
+                start = np.stack([self.start(m, g) for m, g in zip(members, given, strict=True)])
                 final = self.denoise(
                     start,
                     texts.take(batch),
@@ -284,16 +284,31 @@ class Pipeline:
         scale = self.model.scale
         sizes = [(one.shape[1] * scale, one.shape[2] * scale) for one in latents]
         images: dict[int, Pixels] = {}
-        with self._turn():
+        with self.turn():
             for batch in self._batches(sizes):
                 stop_if(cancelled)
                 stack = np.stack([latents[item] for item in batch])
                 images.update(zip(batch, self.decode(stack), strict=True))
         return [images[item] for item in range(len(latents))]
 
-    def _turn(self) -> AbstractContextManager[Any]:
+    def turn(self) -> AbstractContextManager[Any]:
         """Held over stages that belong together, so that engines which take turns do so once."""
         return self.engines.turn if isinstance(self.engines, InTurns) else nullcontext()
+
+    def start(self, request: Request, given: NDArray[Any] | None = None) -> Floats:
+        """The noise float32 [C, h, w] that a request begins with: its seed's, or what is given.
+
+        Raises:
+            RequestError: what is given has another shape.
+        """
+        shape = flow.latent_shape(
+            request.height, request.width, self.model.latent_channels, self.model.scale
+        )
+        if given is None:
+            return flow.noise(request.seed, shape)
+        if given.shape != shape:
+            raise RequestError("latents", f"have the shape {given.shape}; use {shape}")
+        return given.astype(np.float32)
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Both text encoders over prompts, as one batch. Flux gives them no attention mask."""
@@ -359,13 +374,3 @@ class Pipeline:
             np.concatenate([text.pooled for text in parts]),
         )
         return together.take([row[prompt] for prompt in prompts])
-
-    def _start(self, request: Request, given: NDArray[Any] | None) -> Floats:
-        shape = flow.latent_shape(
-            request.height, request.width, self.model.latent_channels, self.model.scale
-        )
-        if given is None:
-            return flow.noise(request.seed, shape)
-        if given.shape != shape:
-            raise RequestError("latents", f"have the shape {given.shape}; use {shape}")
-        return given.astype(np.float32)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 
@@ -27,7 +29,7 @@ from dermaflux.prompt import Lesion, caption, parse
 from dermaflux.request import Request as Wanted
 from serving.access import caller_of
 from serving.body import Model, read_json
-from serving.instant import Drawing, Position, Ticket
+from serving.instant import Drawing, News, Position, Step, Ticket
 from serving.metrics import Metrics
 from serving.pictures import Picture, preview, reply, written
 from serving.replies import Refusal, error_reply
@@ -70,10 +72,7 @@ class Generation:
         """Server-sent events: `queued`, `position`, `progress`, then `image`s or `error`."""
         body = await self.read(request, StreamRequest)
         wanted = self.wanted(request, body)
-        inbox = Inbox()
-        ticket = self._drawing.submit(
-            wanted, caller_of(request).lane, previews=body.previews, on_news=inbox.hand_over
-        )
+        ticket, inbox = self.begun(request, wanted, body.previews)
         return EventStream(self._events(request, body, wanted, ticket, inbox), ticket.stop)
 
     async def read(self, request: Request, model: type[Model]) -> Model:
@@ -106,6 +105,16 @@ class Generation:
         seeds = [(first.seed + number) % (MAX_SEED + 1) for number in range(body.n)]
         return [replace(first, seed=seed) for seed in seeds]
 
+    def begun(
+        self, request: Request, wanted: Sequence[Wanted], previews: int
+    ) -> tuple[Ticket, Inbox]:
+        """A ticket whose news will be followed."""
+        inbox = Inbox()
+        caller = caller_of(request).lane
+        return self._drawing.submit(
+            wanted, caller, previews=previews, on_news=inbox.hand_over
+        ), inbox
+
     async def drawn(
         self, request: Request, wanted: Sequence[Wanted], form: Form, quality: int | None
     ) -> list[Picture]:
@@ -129,6 +138,35 @@ class Generation:
         """Writes nothing more."""
         self._writers.shutdown(wait=False, cancel_futures=True)
 
+    async def followed(
+        self,
+        ticket: Ticket,
+        inbox: Inbox,
+        wanted: Sequence[Wanted],
+        form: Form,
+        quality: int | None,
+    ) -> AsyncGenerator[News | Picture | None, None]:
+        """A ticket's news, then its pictures in order; None in a silence.
+
+        Raises:
+            Exception: what the ticket ended with.
+        """
+        images = asyncio.ensure_future(ticket.images())
+        # The thread hands over its last step before its outcome, so this end comes after all steps.
+        images.add_done_callback(lambda _: inbox.close())
+        try:
+            async for news in told(inbox):
+                yield news
+            for pixels, one in zip(images.result(), wanted, strict=True):
+                yield await self._written(pixels, one, form, quality)
+        finally:
+            images.cancel()
+
+    async def shown(self, pixels: Pixels) -> str:
+        """A preview as base64 of a small JPEG."""
+        loop = asyncio.get_running_loop()
+        return as_base64(await loop.run_in_executor(self._writers, preview, pixels))
+
     async def _events(
         self,
         request: Request,
@@ -137,31 +175,29 @@ class Generation:
         ticket: Ticket,
         inbox: Inbox,
     ) -> AsyncGenerator[str, None]:
-        images = asyncio.ensure_future(ticket.images())
-        # The thread hands over its last step before its outcome, so this end comes after all steps.
-        images.add_done_callback(lambda _: inbox.close())
+        start = StreamStart(ahead=ticket.ahead, seed=wanted[0].seed, images=len(wanted))
+        yield event("queued", start)
+        number = itertools.count()
         try:
-            start = StreamStart(ahead=ticket.ahead, seed=wanted[0].seed, images=len(wanted))
-            yield event("queued", start)
-            async for news in told(inbox):
-                if news is None:
-                    yield STILL_HERE
-                elif isinstance(news, Position):
-                    yield event("position", StreamPosition(ahead=news.ahead))
-                else:
-                    shown = None if news.preview is None else await self._shown(news.preview)
-                    step = StreamProgress(
-                        image=news.item, step=news.step, steps=news.steps, preview=shown
-                    )
-                    yield event("progress", step)
-            for number, (pixels, one) in enumerate(zip(images.result(), wanted, strict=True)):
-                picture = await self._written(pixels, one, body.format, body.quality)
-                yield event("image", self._told(number, picture))
+            all_news = self.followed(ticket, inbox, wanted, body.format, body.quality)
+            async with aclosing(all_news):
+                async for news in all_news:
+                    match news:
+                        case None:
+                            yield STILL_HERE
+                        case Position():
+                            yield event("position", StreamPosition(ahead=news.ahead))
+                        case Step():
+                            seen = None if news.preview is None else await self.shown(news.preview)
+                            step = StreamProgress(
+                                image=news.item, step=news.step, steps=news.steps, preview=seen
+                            )
+                            yield event("progress", step)
+                        case Picture():
+                            yield event("image", self._told(next(number), news))
         except Exception as error:
             # The status has been sent, so failures from here on are told in the stream.
             yield event("error", error_reply(request, error), exclude_none=True)
-        finally:
-            images.cancel()
 
     def _fits(self, wanted: Wanted) -> None:
         """Refuse at once what would fail when its turn comes."""
@@ -188,10 +224,6 @@ class Generation:
         with self._metrics.timed("write_png"):
             return await asyncio.get_running_loop().run_in_executor(self._writers, write)
 
-    async def _shown(self, pixels: Pixels) -> str:
-        loop = asyncio.get_running_loop()
-        return _base64(await loop.run_in_executor(self._writers, preview, pixels))
-
     def _told(self, number: int, picture: Picture) -> StreamImage:
         return StreamImage(
             image=number,
@@ -202,7 +234,7 @@ class Generation:
             prompt_tokens=picture.prompt_tokens,
             text_length=self._pipeline.model.text_length,
             format=picture.form,
-            file=_base64(picture.data),
+            file=as_base64(picture.data),
         )
 
 
@@ -223,13 +255,14 @@ def _require_right(request: Request, prompt: str) -> None:
         raise Refusal(
             403,
             "forbidden",
-            f"{error}. Free text needs the role free-text; without it describe the lesion in the "
-            "field lesion, by the words in GET /v1/model",
+            f"{error}. Free text needs the role free-text; without it write such a caption, or "
+            "describe the lesion in the field lesion of POST /v1/generate",
             field="prompt",
         ) from None
 
 
-def _base64(data: bytes) -> str:
+def as_base64(data: bytes) -> str:
+    """Bytes in JSON."""
     return base64.b64encode(data).decode("ascii")
 
 

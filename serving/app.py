@@ -29,10 +29,11 @@ from serving.classify import Classifying
 from serving.generate import Generation
 from serving.instant import Drawing
 from serving.keyring import Role
+from serving.logs import AccessLog
 from serving.metrics import Metrics
 from serving.openapi import document
 from serving.readiness import Readiness
-from serving.replies import Refusal, error_response, request_id
+from serving.replies import Refusal, error_response
 from serving.scrape import exposition
 from serving.settings import Settings
 from serving.worker import Worker
@@ -170,6 +171,7 @@ def create_app(
         ],
         middleware=[
             Middleware(_SecurityHeaders),
+            Middleware(AccessLog),
             Middleware(Admission, access=Access.of(settings)),
         ],
         exception_handlers={HTTPException: not_routed},
@@ -214,12 +216,12 @@ def _through(door: asyncio.Semaphore, readiness: Readiness, endpoint: Endpoint) 
 
 
 def _answering(path: str, endpoint: Endpoint, metrics: Metrics) -> Endpoint:
-    """`endpoint` whose failures are replies in our form, with a request id, and counted."""
+    """`endpoint` whose failures are replies in our form, and counted."""
 
     async def answer(request: Request) -> Response:
+        request.state.route = path
         try:
             response = await endpoint(request)
-            response.headers["X-Request-ID"] = request_id(request)
         except Exception as error:
             response = error_response(request, error)
         metrics.request(path, response.status_code)

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from dermaflux.errors import Cancelled, ImageError, RequestError
+from serving import openai_form
 from serving.schema import ErrorCode, ErrorDetail, ErrorReply
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def error_reply(request: Request, error: Exception) -> ErrorReply:
     """The JSON form of `error`; logs it first where it was not expected."""
     told = refusal(error)
     if told.code == "internal":
-        logger.error("request %s failed", request_id(request), exc_info=error)
+        logger.error("the request failed", exc_info=error, extra={"request": request_id(request)})
     return ErrorReply(
         error=ErrorDetail(
             code=told.code,
@@ -105,10 +106,15 @@ def error_reply(request: Request, error: Exception) -> ErrorReply:
 def error_response(request: Request, error: Exception) -> Response:
     """The HTTP reply for `error`."""
     told = refusal(error)
+    status, content = told.status, error_reply(request, error).model_dump(exclude_none=True)
+    if request.scope["path"] in openai_form.PATHS:
+        status, content = openai_form.error_form(
+            status, told.code, content["error"]["message"], told.field
+        )
     return JSONResponse(
-        error_reply(request, error).model_dump(exclude_none=True),
-        status_code=told.status,
-        headers={**told.headers, "X-Request-ID": request_id(request), "Cache-Control": "no-store"},
+        content,
+        status_code=status,
+        headers={**told.headers, "Cache-Control": "no-store"},
     )
 
 

@@ -20,9 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import bentoml
 
-# BentoML's own class of services, for its parameter `service_class`; it has no public address.
-from _bentoml_sdk import Service  # type: ignore[import-untyped]
-
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
 from dermaflux.doctor import damaged, files_of
@@ -30,8 +27,10 @@ from dermaflux.engines import EAGER, Choice, choose
 from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
 from dermaflux.residency import planned
-from serving.app import READY_PATH, create_app, paths
+from serving.access import refuse_open_door
+from serving.app import OWN_PATHS, create_app, paths
 from serving.card import card_of
+from serving.framework import Configured, listening_host
 from serving.readiness import Readiness, prove
 from serving.settings import Settings
 
@@ -48,7 +47,7 @@ HERE = Path(__file__).resolve().parent.parent
 UNKNOWN_PATH = "/unknown"
 
 
-class _Bounded(Service[Any]):  # type: ignore[misc]
+class _Bounded(Configured):
     """BentoML's service with our readiness, without two things that grow with what strangers send.
 
     Its metrics are labelled with the raw path, so a scan for weaknesses would make a time series
@@ -68,8 +67,7 @@ class _Bounded(Service[Any]):  # type: ignore[misc]
         async def with_known_path(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] in ("http", "websocket") and scope["path"] not in known:
                 scope = {**scope, "path": UNKNOWN_PATH}
-            # BentoML's own probe knows that a process runs, not that what it draws is right.
-            ours = scope["type"] == "http" and scope["path"] == READY_PATH
+            ours = scope["type"] == "http" and scope["path"] in OWN_PATHS
             await (_mounted if ours else app)(scope, receive, send)
 
         return with_known_path
@@ -111,6 +109,7 @@ class DermaFlux:
             served = [*choices.values()]
             if bundle.classifier:
                 served.append(choose(bundle, "classifier", settings.engine, settings.precision))
+            refuse_open_door(settings, listening_host())
             _refuse_damage(bundle, served)
         except DermaFluxError as error:
             sys.exit(f"error: {error}")

@@ -1,0 +1,111 @@
+"""What of BentoML is set from our settings, and where it listens.
+
+BentoML reads its configuration from files and variables of its own, too late for sentences and with
+defaults that do not suit a hospital: its access log writes raw addresses with queries, its ciphers
+are weak, its telemetry is on. A service of this class has ours instead, in every process, whatever
+the command line was.
+
+    @bentoml.service(name="dermaflux", service_class=Configured)
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from typing import Any, Final
+
+import click
+
+# BentoML's own class of services, for its parameter `service_class`; it has no public address.
+from _bentoml_sdk import Service  # type: ignore[import-untyped]
+
+from dermaflux.errors import DermaFluxError
+from serving import logs, tls
+from serving.settings import SettingError, Settings
+
+EXPORTER: Final = "opentelemetry.exporter.otlp.proto.http"
+
+
+class Configured(Service[Any]):  # type: ignore[misc]
+    """BentoML's service under our settings; a wrong one ends the process with a sentence."""
+
+    def inject_config(self) -> None:
+        """Called before the command opens a socket, and in every process before it answers."""
+        from bentoml._internal.configuration.containers import BentoMLContainer
+        from bentoml._internal.utils import deep_merge
+
+        super().inject_config()
+        _send_no_telemetry()
+        try:
+            settings = Settings.from_environment(os.environ)
+            config = BentoMLContainer.config.get()
+            ours = configuration(settings, config["api_server"]["ssl"]["ciphers"])
+        except DermaFluxError as error:
+            sys.exit(f"error: {error}")
+        deep_merge(config, ours)
+        BentoMLContainer.config.set(config)
+        if _started_by_bentoml():
+            logs.configure(settings.log)
+
+
+def configuration(settings: Settings, ciphers: str | None) -> dict[str, Any]:
+    """What these settings change in BentoML's configuration, of which `ciphers` are there now.
+
+    Raises:
+        SettingError: files of TLS are wrong, or traces are wanted without what sends them.
+    """
+    secure = tls.options(settings)
+    if not secure and ciphers in (None, tls.TRAP):
+        secure = {"ciphers": tls.CIPHERS}
+    found: dict[str, Any] = {
+        "api_server": {"ssl": secure, "logging": {"access": {"enabled": False}}}
+    }
+    if settings.otel_endpoint is None:
+        return found
+    if not settings.otel_endpoint.startswith(("http://", "https://")):
+        raise SettingError(
+            f"DERMAFLUX_OTEL_ENDPOINT is {settings.otel_endpoint!r}; it needs an address such as "
+            "http://collector:4318/v1/traces"
+        )
+    if not _installed(EXPORTER):
+        raise SettingError(
+            "DERMAFLUX_OTEL_ENDPOINT is set, but what sends traces is not installed; use: "
+            "pip install opentelemetry-exporter-otlp-proto-http"
+        )
+    otlp = {"protocol": "http", "endpoint": settings.otel_endpoint}
+    found["tracing"] = {"exporter_type": "otlp", "sample_rate": 1.0, "otlp": otlp}
+    return found
+
+
+def listening_host() -> str | None:
+    """The address that `bentoml serve` was told to listen on, or takes by default.
+
+    None where another program starts the service, which alone knows.
+    """
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    context = click.get_current_context(silent=True)
+    if context is None or "host" not in context.params:
+        return None
+    return str(context.params["host"] or BentoMLContainer.http.host.get())
+
+
+def _started_by_bentoml() -> bool:
+    """Whether this is a process of `bentoml serve`, whose log is ours, not a test or a build."""
+    return click.get_current_context(silent=True) is not None
+
+
+def _send_no_telemetry() -> None:
+    """BentoML asks for its variable once and keeps the answer; the word has to be `true`."""
+    from bentoml._internal.utils.analytics.usage_stats import BENTOML_DO_NOT_TRACK, do_not_track
+
+    os.environ[BENTOML_DO_NOT_TRACK] = "true"
+    do_not_track.cache_clear()
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False

@@ -12,13 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-Stage = Literal["wait", "generate", "write_png", "read_image", "classify"]
+Stage = Literal[
+    "wait", "encode", "step", "decode", "write", "generate", "write_png", "read_image", "classify"
+]
+"""Of a generation: in the queue, its text, one step of a batch, latents to pixels, the file."""
 Outcome = Literal["done", "cancelled", "deadline", "failed"]
 
 # From a classified photograph on a GPU to a large image on a CPU.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 class Metrics:
@@ -39,7 +43,26 @@ class Metrics:
             registry=registry,
         )
         self._generations = Counter(
-            "dermaflux_generations_total", "Generations by outcome.", ["outcome"], registry=registry
+            "dermaflux_generations_total", "Images by outcome.", ["outcome"], registry=registry
+        )
+        self._batches = Histogram(
+            "dermaflux_batch_size",
+            "Images that one denoising step moved together.",
+            buckets=BATCHES,
+            registry=registry,
+        )
+        # Of all workers that live: each of them has a queue of its own.
+        self._waiting, self._running = (
+            Gauge(
+                f"dermaflux_images_{name}",
+                words,
+                registry=registry,
+                multiprocess_mode="livesum",
+            )
+            for name, words in (
+                ("waiting", "Images in the queue now."),
+                ("running", "Images that are drawn now."),
+            )
         )
         self._decisions = Counter(
             "dermaflux_decisions_total",
@@ -56,13 +79,22 @@ class Metrics:
         """Record the duration of one stage."""
         self._stages.labels(stage).observe(seconds)
 
-    def generation(self, outcome: Outcome) -> None:
-        """Count one generation that began."""
-        self._generations.labels(outcome).inc()
+    def generation(self, outcome: Outcome, images: int = 1) -> None:
+        """Count images that were taken into the queue, at their end."""
+        self._generations.labels(outcome).inc(images)
 
     def decision(self, decision: str) -> None:
         """Count one classification."""
         self._decisions.labels(decision).inc()
+
+    def batch(self, images: int) -> None:
+        """Record how many images one step moved."""
+        self._batches.observe(images)
+
+    def queue(self, waiting: int, running: int) -> None:
+        """Say how many images wait and are drawn now."""
+        self._waiting.set(waiting)
+        self._running.set(running)
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:

@@ -68,6 +68,20 @@ class Settings:
     max_upload_bytes: int = field(
         default=20_000_000, metadata={"help": "largest upload to classify", "min": 1_000}
     )
+    max_batch_files: int = field(
+        default=32, metadata={"help": "files of one form to classify", "min": 1}
+    )
+    max_batch_bytes: int = field(
+        default=100_000_000,
+        metadata={"help": "largest form of several files to classify", "min": 1_000},
+    )
+    photographs: int = field(
+        default=128,
+        metadata={
+            "help": "photographs in work or waiting to be classified; more get 429",
+            "min": 1,
+        },
+    )
     max_json_bytes: int = field(
         default=64_000, metadata={"help": "largest JSON request", "min": 1_000}
     )

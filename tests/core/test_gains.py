@@ -43,7 +43,7 @@ class Clock:
 )
 def test_the_limit_is_the_smallest_batch_near_the_best(fake_pipeline, seconds, limit):
     clock = Clock(fake_pipeline, seconds)
-    found = measure(clock.pipeline, clock=clock)
+    found = measure(clock.pipeline, clock=clock, budget_seconds=60)
     assert found.seconds == pytest.approx(seconds)
     assert found.limit() == limit
     # Each once before it counts, then round by round.

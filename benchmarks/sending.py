@@ -99,7 +99,9 @@ class Sender:
 
         # No limit of connections: it would be a queue of the load generator's own, and a proxy of
         # the environment another service (aiohttp asks neither for one).
-        connector = aiohttp.TCPConnector(limit=0, ssl=self.access.tls())
+        # Idle connections are given up before the service does so (uvicorn: after 5 s), which would
+        # else look like an answer lost where both happen at once.
+        connector = aiohttp.TCPConnector(limit=0, ssl=self.access.tls(), keepalive_timeout=3)
         self._session = aiohttp.ClientSession(
             self.url,
             connector=connector,
@@ -140,8 +142,14 @@ class Sender:
                 "service running there?"
             ) from error
 
-    async def send(self, ask: Ask, due: float, caller: int = 0) -> Answer:
-        """Send a request that was due at `due` (`monotonic`); what came of it."""
+    async def send(
+        self, ask: Ask, due: float, caller: int = 0, leaves_after: int | None = None
+    ) -> Answer:
+        """Send a request that was due at `due` (`monotonic`); what came of it.
+
+        A stream is hung up on after so many steps (the fault is `left`), if its image is not there
+        before.
+        """
         import aiohttp
 
         sent = time.monotonic()
@@ -150,7 +158,7 @@ class Sender:
             seen = _Seen()
             try:
                 async with asyncio.timeout_at(sent + self.seconds):
-                    await self._exchange(ask, caller, seen)
+                    await self._exchange(ask, caller, seen, leaves_after)
                     if seen.status == BUSY and self.insists:
                         await asyncio.sleep(seen.retry_after or 1.0)
                         retries += 1
@@ -165,11 +173,11 @@ class Sender:
                 None if seen.first is None else seen.first - due, seen.retry_after,
             )  # fmt: skip
 
-    async def _exchange(self, ask: Ask, caller: int, seen: _Seen) -> None:
+    async def _exchange(self, ask: Ask, caller: int, seen: _Seen, leaves_after: int | None) -> None:
         headers = {**self.access.headers(caller), "Content-Type": ask.content_type}
         async with self.session.post(ask.path, data=ask.body, headers=headers) as reply:
             if reply.status == OK and ask.kind == "stream":
-                seen.fault = await self._streamed(reply, seen)
+                seen.fault = await self._streamed(reply, seen, leaves_after)
             else:
                 body = await reply.read()
                 seen.fault = fault(ask, reply.status, body)
@@ -178,15 +186,20 @@ class Sender:
             if seen.status == BUSY and wait.isdecimal():
                 seen.retry_after = float(wait)
 
-    async def _streamed(self, reply: aiohttp.ClientResponse, seen: _Seen) -> str:
-        images = 0
+    async def _streamed(
+        self, reply: aiohttp.ClientResponse, seen: _Seen, leaves_after: int | None
+    ) -> str:
+        steps = images = 0
         async for name, data in events(reply.content.iter_any()):
-            if name == "progress" and seen.first is None:
-                seen.first = time.monotonic()
-            elif "error" in data:
+            if "error" in data:
                 return str(dict(data["error"]).get("code", "error"))
-            elif name == "image":
-                images += 1
+            images += name == "image"
+            if name == "progress":
+                steps += 1
+                seen.first = seen.first or time.monotonic()
+                if steps == leaves_after:
+                    reply.close()
+                    return "left"
         return "" if images else "no_image"
 
 

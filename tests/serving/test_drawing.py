@@ -498,8 +498,7 @@ def test_hundreds_of_random_callers_are_neither_lost_nor_mixed_up(house, fake_pi
                 asked, f"caller {number % 5}", previews=chance.randrange(2), on_news=heard.append
             )
         except Refusal as refusal:
-            assert refusal.status == 429
-            return "busy"
+            return {429: "busy"}[refusal.status]
         if chance.random() < 0.1:
             ticket.deadline_seconds = 0.0
         leaves = chance.random() < 0.2
@@ -511,8 +510,7 @@ def test_hundreds_of_random_callers_are_neither_lost_nor_mixed_up(house, fake_pi
         try:
             found = await waits
         except Refusal as refusal:
-            assert refusal.status == 504
-            return "late"
+            return {504: "late"}[refusal.status]
         except Cancelled:
             assert leaves
             return "left"

@@ -18,11 +18,8 @@ whoever shares the address of a hospital's proxy could lock out everybody behind
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, cast
@@ -30,7 +27,8 @@ from typing import TYPE_CHECKING, Final, cast
 from starlette.requests import Request
 
 from dermaflux.errors import DermaFluxError
-from serving.keyring import Keyring, Role
+from serving.addresses import Failures, network, outside
+from serving.keyring import ANONYMOUS, Keyring, Role
 from serving.replies import Refusal
 from serving.settings import Settings
 
@@ -39,16 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ANONYMOUS: Final = "anonymous"
 MAX_KEY: Final = 200
 """Characters; ours have 53. What is longer is not hashed."""
-
-FAILURES: Final = 10
-"""Wrong keys of one address that are told as such (401) and logged; then comes 429."""
-REGAIN_SECONDS: Final = 6.0
-"""After which one of them is forgotten."""
-ADDRESSES: Final = 1024
-"""Remembered at most; the one that failed least recently goes first."""
 
 
 class ClosedDoorError(DermaFluxError):
@@ -87,7 +77,7 @@ class Access:
         self._keyring = keyring
         self._open = settings.open
         self._anonymous = cast(frozenset[Role], frozenset(settings.anonymous_roles))
-        self._failures = _Failures(clock)
+        self._failures = Failures(clock)
 
     @classmethod
     def of(cls, settings: Settings) -> Access:
@@ -107,7 +97,7 @@ class Access:
         """
         address = request.client.host if request.client else ""
         if self._keyring is None:
-            if self._open or not _outside(address):
+            if self._open or not outside(address):
                 return Caller(ANONYMOUS, self._anonymous, address)
             raise _unauthorized(
                 "This service has no keys, so it answers its own machine alone. Its operator can "
@@ -204,7 +194,7 @@ def refuse_open_door(settings: Settings, host: str | None) -> None:
             `DERMAFLUX_OPEN` does not say that this is meant.
         KeysError: the keys are wrong.
     """
-    if keyring_of(settings) is not None or settings.open or host is None or not _outside(host):
+    if keyring_of(settings) is not None or settings.open or host is None or not outside(host):
         return
     raise ClosedDoorError(
         f"the service would listen on {host} without keys, so whoever reaches this machine could "
@@ -212,28 +202,6 @@ def refuse_open_door(settings: Settings, host: str | None) -> None:
         "`python -m serving.keys new --id NAME --roles generate,classify --file keys.jsonl` and "
         "name the file in DERMAFLUX_KEYS, or say DERMAFLUX_OPEN=1 if that is meant"
     )
-
-
-def network(address: str) -> str:
-    """What one sender cannot change at will: an IPv4 address, or the first 64 bits of an IPv6."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return ""
-    if isinstance(found, ipaddress.IPv6Address):
-        mapped = found.ipv4_mapped
-        return str(mapped or ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))
-    return str(found)
-
-
-def _outside(address: str) -> bool:
-    """Whether it is an address of another machine; what is none came over no network."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return not (mapped or found).is_loopback
 
 
 def _given(request: Request) -> list[str]:
@@ -247,22 +215,3 @@ def _given(request: Request) -> list[str]:
 def _unauthorized(message: str, *, wrong: bool = False) -> Refusal:
     challenge = 'Bearer realm="DermaFlux"' + (', error="invalid_token"' if wrong else "")
     return Refusal(401, "unauthorized", message, headers={"WWW-Authenticate": challenge})
-
-
-class _Failures:
-    """Wrong keys by network, in memory that does not grow: a bucket that leaks."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._when: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def count(self, whose: str) -> int:
-        """Count one more; 0, or the seconds to wait where they are too many."""
-        now = self._clock()
-        level, last = self._when.pop(whose, (0.0, now))
-        level = max(0.0, level - (now - last) / REGAIN_SECONDS)
-        full = level + 1 > FAILURES
-        self._when[whose] = (level if full else level + 1, now)
-        if len(self._when) > ADDRESSES:
-            self._when.popitem(last=False)
-        return math.ceil((level + 1 - FAILURES) * REGAIN_SECONDS) if full else 0

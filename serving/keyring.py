@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final, Literal, get_args
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dermaflux.errors import DermaFluxError
 
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 Role = Literal["generate", "classify", "free-text", "admin"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 
+ANONYMOUS: Final = "anonymous"
+"""What callers without a key are called."""
 MARK: Final = "dermaflux_"
 """How every key begins, so that scanners of source code and logs recognise one."""
 MAX_BYTES: Final = 1_000_000
@@ -58,6 +60,13 @@ class Entry(BaseModel):
     expires: AwareDatetime | None = None
     revoked: AwareDatetime | None = None
     note: Annotated[str, Field(max_length=200)] = ""
+
+    @field_validator("id")
+    @classmethod
+    def _somebody(cls, name: str) -> str:
+        if name == ANONYMOUS:
+            raise ValueError(f"{ANONYMOUS} is the name of callers without a key")
+        return name
 
     def valid(self, now: datetime) -> bool:
         """Whether its key is taken at `now`, which has a time zone."""

@@ -29,7 +29,7 @@ from dermaflux.prompt import Lesion, caption, parse
 from dermaflux.request import Request as Wanted
 from serving.access import caller_of
 from serving.body import Model, read_json
-from serving.instant import Drawing, News, Position, Step, Ticket
+from serving.drawing import Drawing
 from serving.metrics import Metrics
 from serving.pictures import Picture, preview, reply, written
 from serving.replies import Refusal, error_reply
@@ -43,6 +43,7 @@ from serving.schema import (
 )
 from serving.settings import Settings
 from serving.stream import STILL_HERE, EventStream, Inbox, event, told
+from serving.ticket import News, Position, Step, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class Generation:
         record = self._pipeline.record(wanted)
         tokens = self._pipeline.token_count(wanted.prompt)
         write = partial(written, pixels, wanted, record, tokens, form, quality)
-        with self._metrics.timed("write_png"):
+        with self._metrics.timed("write"):
             return await asyncio.get_running_loop().run_in_executor(self._writers, write)
 
     def _told(self, number: int, picture: Picture) -> StreamImage:

@@ -33,7 +33,6 @@ from serving import openai_form
 from serving.body import read_json
 from serving.card import ModelCard
 from serving.generate import Generation, as_base64
-from serving.instant import Step, Ticket
 from serving.openai_schema import (
     DEFAULT_FORM,
     CompletedEvent,
@@ -51,6 +50,7 @@ from serving.replies import Refusal, error_reply, refusal
 from serving.schema import GenerateRequest
 from serving.settings import Settings
 from serving.stream import STILL_HERE, EventStream, Inbox, event
+from serving.ticket import Step, Ticket
 
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 

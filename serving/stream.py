@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.instant import News, Step
+from serving.ticket import News, Step
 
 logger = logging.getLogger(__name__)
 

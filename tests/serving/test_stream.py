@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serving.instant import Position, Step
 from serving.pictures import PREVIEW_SIDE, preview
 from serving.stream import EventStream, Inbox
+from serving.ticket import Position, Step
 from tests.serving.live import Live
 from tests.serving.test_generate import PROMPT, error, events
 

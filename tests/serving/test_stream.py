@@ -17,7 +17,7 @@ from PIL import Image
 from serving.pictures import PREVIEW_SIDE, preview
 from serving.stream import EventStream, Inbox
 from serving.ticket import Position, Step
-from tests.serving.live import Live
+from tests.serving.live import Live, running
 from tests.serving.test_generate import PROMPT, error, events
 
 T = TypeVar("T")
@@ -150,3 +150,41 @@ def test_previews_are_of_the_stream_alone(live: Live) -> None:
     reply = live.client.post("/v1/generate", json={"prompt": PROMPT, "previews": 2})
     assert (reply.status_code, error(reply)["field"]) == (422, "previews")
     assert "previews: is not a field here" in json.loads(reply.content)["error"]["message"]
+
+
+def test_previews_are_small_pictures_on_the_way(live: Live) -> None:
+    ask = {"prompt": PROMPT, "steps": 8, "previews": 3, "n": 2, "width": 256, "height": 128}
+    with live.client.stream("POST", "/v1/generate/stream", json=ask) as reply:
+        told = list(events(reply))
+    seen = [data for name, data in told if name == "progress" and data["preview"]]
+    assert {data["image"] for data in seen} == {0, 1}
+    for image in (0, 1):
+        # Fewer where the reader fell behind, but the last one always.
+        assert 1 <= len([data for data in seen if data["image"] == image]) <= 3
+    for data in seen:
+        with Image.open(io.BytesIO(base64.b64decode(data["preview"]))) as picture:
+            assert picture.format == "JPEG"
+            assert max(picture.size) <= PREVIEW_SIDE
+            assert picture.width == 2 * picture.height
+
+
+def test_place_in_the_queue_is_told_as_it_moves() -> None:
+    ask = {"prompt": PROMPT, "steps": 2}
+    with (
+        running(batch=1) as live,
+        live.brake.closed(),
+        live.client.stream("POST", "/v1/generate/stream", json=ask) as first,
+    ):
+        live.brake.wait_for(1)
+        with (
+            live.client.stream("POST", "/v1/generate/stream", json=ask) as second,
+            live.client.stream("POST", "/v1/generate/stream", json=ask) as third,
+        ):
+            told = events(third)
+            assert next(told)[1]["ahead"] == 2
+            live.brake.open.set()
+            places = [data["ahead"] for name, data in told if name == "position"]
+            assert places == sorted(places, reverse=True)
+            assert places[-1] == 1
+            assert [name for name, _ in events(second)][-1] == "image"
+        assert [name for name, _ in events(first)][-1] == "image"

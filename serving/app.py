@@ -21,22 +21,22 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from dermaflux.classifier import Classifier
 from dermaflux.pipeline import Pipeline
 from serving.access import Access, Admission, caller_of, require
 from serving.card import ModelCard
-from serving.classify import Classifying
+from serving.classify import Classifying, not_available
+from serving.drawing import Drawing
 from serving.generate import Generation
-from serving.instant import Drawing
 from serving.keyring import Role
 from serving.logs import AccessLog
 from serving.metrics import Metrics
+from serving.openai_images import OpenAIImages
 from serving.openapi import document
 from serving.readiness import Readiness
 from serving.replies import Refusal, error_response
+from serving.scores import Scores
 from serving.scrape import exposition
 from serving.settings import Settings
-from serving.worker import Worker
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -56,8 +56,11 @@ Whom = Role | Literal["anybody", "known"]
 ROUTES: Mapping[str, tuple[Literal["GET", "POST"], Whom]] = {
     "/v1/generate": ("POST", "generate"),
     "/v1/generate/stream": ("POST", "generate"),
+    "/v1/images/generations": ("POST", "generate"),
     "/v1/classify": ("POST", "classify"),
+    "/v1/classify/batch": ("POST", "classify"),
     "/v1/model": ("GET", "known"),
+    "/v1/models": ("GET", "known"),
     METRICS_PATH: ("GET", "admin"),
     READY_PATH: ("GET", "anybody"),
     "/openapi.json": ("GET", "anybody"),
@@ -83,7 +86,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 def create_app(
     pipeline: Pipeline,
-    classifier: Classifier | None,
+    scores: Scores | None,
     card: ModelCard,
     settings: Settings,
     registry: CollectorRegistry,
@@ -95,16 +98,10 @@ def create_app(
         KeysError: the keys that the settings name cannot be read.
     """
     metrics = Metrics(registry)
-    # One generation at a time: it takes every core. Classification is short and must not wait
-    # behind one.
-    drawing, scoring = (
-        Worker(
-            name, threads=1, waiting=settings.waiting, deadline_seconds=settings.deadline_seconds
-        )
-        for name in ("generate", "classify")
-    )
-    generation = Generation(pipeline, Drawing(pipeline, drawing, metrics), metrics, settings)
-    classifying = Classifying(classifier, card.bundle, scoring, metrics, settings)
+    drawing = Drawing(pipeline, metrics, settings)
+    generation = Generation(pipeline, drawing, metrics, settings)
+    openai = OpenAIImages(generation, card, settings, (2 * pipeline.model.scale) ** 2)
+    classifying = Classifying(scores, card.classifier, card.bundle, metrics, settings)
     openapi = document(card)
 
     async def send_document(_: Request) -> Response:
@@ -126,6 +123,9 @@ def create_app(
 
     async def send_readiness(_: Request) -> Response:
         readiness.require()
+        trouble = None if scores is None else scores.trouble()
+        if trouble is not None:
+            raise not_available(trouble)
         return JSONResponse({"ready": True}, headers={"Cache-Control": "no-store"})
 
     async def send_page(_: Request) -> Response:
@@ -141,7 +141,6 @@ def create_app(
     def close() -> None:
         drawing.close()
         generation.close()
-        scoring.close()
 
     # Bounds the memory of bodies being read, before any queue is asked.
     door = asyncio.Semaphore(settings.open_requests)
@@ -158,7 +157,10 @@ def create_app(
         "/v1/generate": generation.image,
         "/v1/generate/stream": generation.stream,
         "/v1/classify": classifying.photograph,
+        "/v1/classify/batch": classifying.batch,
+        "/v1/images/generations": openai.images,
         "/v1/model": send_card,
+        "/v1/models": openai.models,
         METRICS_PATH: send_metrics,
         READY_PATH: send_readiness,
         "/openapi.json": send_document,
@@ -170,7 +172,7 @@ def create_app(
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         middleware=[
-            Middleware(_SecurityHeaders),
+            Middleware(SecurityHeaders),
             Middleware(AccessLog),
             Middleware(Admission, access=Access.of(settings)),
         ],
@@ -179,6 +181,7 @@ def create_app(
     # A redirect to the address without the slash would be one more form of reply.
     app.router.redirect_slashes = False
     app.state.close = close
+    app.state.drawing = drawing
     return app
 
 
@@ -230,7 +233,7 @@ def _answering(path: str, endpoint: Endpoint, metrics: Metrics) -> Endpoint:
     return answer
 
 
-class _SecurityHeaders:
+class SecurityHeaders:
     """Adds `SECURITY_HEADERS` to every reply. Plain ASGI, so streams pass as they are."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -51,6 +51,8 @@ class LimitsCard(BaseModel):
     max_images: int
     max_previews: int = MAX_PREVIEWS
     max_upload_bytes: int
+    max_batch_files: int
+    max_batch_bytes: int
     min_upload_side: int = MIN_SIDE
     max_upload_ratio: int = MAX_RATIO
     deadline_seconds: float
@@ -142,6 +144,8 @@ def card_of(
             max_steps=bundle.limits.max_steps,
             max_images=settings.max_images,
             max_upload_bytes=settings.max_upload_bytes,
+            max_batch_files=settings.max_batch_files,
+            max_batch_bytes=settings.max_batch_bytes,
             deadline_seconds=settings.deadline_seconds,
             waiting=settings.waiting,
         ),

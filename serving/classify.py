@@ -1,100 +1,284 @@
-"""`POST /v1/classify`: one photograph in, a calibrated probability and a decision out.
+"""`POST /v1/classify` and `/v1/classify/batch`: photographs in, calibrated decisions out.
 
-Reading the file is done in the thread as well: a large JPEG takes longer than the network does.
+Nothing is computed here: who scores is behind `serving.scores`, in a process of its own where the
+service runs, and puts photographs of several callers together. The files of one form are scored a
+few at a time, so that a form of many does not make everybody else wait for all of it; each has an
+answer or an error of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import logging
+import math
 import time
-from typing import Literal, cast
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final, TypeVar, cast
 
-from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from dermaflux.classifier import Classifier, Prediction
-from dermaflux.images import decode_upload
-from serving.body import read_image
+from dermaflux.errors import Cancelled
+from serving.body import read_image, read_images
+from serving.card import ClassifierCard
 from serving.metrics import Metrics
-from serving.replies import Refusal
-from serving.schema import MAX_RATIO, MIN_SIDE, Classification, Refused
+from serving.replies import Refusal, error_reply, request_id
+from serving.schema import (
+    Classification,
+    ClassifiedFile,
+    ClassifiedFiles,
+    ErrorCode,
+    Label,
+    Refused,
+)
+from serving.scores import Scores, Trouble, UnavailableError
+from serving.scoring import Answer, Fault, Kind, Photograph
 from serving.settings import Settings
-from serving.worker import Job, Worker
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FORMS: Final = 4
+"""Forms of many files in memory at a time; each may be a hundred megabytes."""
+AT_ONCE: Final = 8
+"""Files of one form that are scored at a time: a batch of the classifier."""
+COME_BACK_SECONDS: Final = 5
+"""`Retry-After` while the classifier cannot be had; it is started again within ten seconds."""
+FIRST_GUESS_SECONDS: Final = 0.1
+"""How long a photograph takes before one was measured."""
+
+_STATUS: Final[Mapping[Kind, tuple[int, ErrorCode]]] = {
+    "invalid_image": (400, "invalid_image"),
+    "unsuitable_image": (422, "unsuitable_image"),
+    "no_saliency": (422, "invalid_request"),
+    "deadline": (504, "deadline"),
+}
 
 
 class Classifying:
-    """The route over one classifier, or over none where the bundle has none."""
+    """Both routes, over a classifier of this card, or over none where the bundle has none."""
 
     def __init__(
         self,
-        classifier: Classifier | None,
+        scores: Scores | None,
+        card: ClassifierCard | None,
         bundle: str,
-        worker: Worker,
         metrics: Metrics,
         settings: Settings,
     ) -> None:
-        self._classifier = classifier
+        self._scores = scores
+        self._card = card
         self._bundle = bundle
-        self._worker = worker
         self._metrics = metrics
         self._settings = settings
+        self._places = Places(settings.photographs)
+        self._forms = 0
 
     async def photograph(self, request: Request) -> Response:
         """The answer as JSON, see `serving.schema.Classification`."""
-        if self._classifier is None:
-            raise Refusal(
-                404, "no_classifier", "This bundle has no classifier; serve one that has."
-            )
-        classifier = self._classifier
+        scores = self._available()
+        saliency = _saliency(request)
         data = await read_image(
             request, self._settings.max_upload_bytes, self._settings.deadline_seconds
         )
-        job = self._worker.submit(lambda job: self._score(classifier, data, job))
-        prediction = await job.result()
-        self._metrics.decision(prediction.decision)
-        answer = Classification(
-            label=cast(Literal["benign", "malignant"], prediction.label),
-            probability=prediction.probability,
-            threshold=prediction.threshold,
-            abstain=classifier.spec.abstain,
-            decision=cast(Literal["benign", "malignant", "abstain"], prediction.decision),
-            accepted=prediction.accepted,
-            reasons=[Refused(code=one.code, text=one.text) for one in prediction.reasons],
-            bundle=self._bundle,
-        )
+        with self._places.taken(1):
+            deadline = time.monotonic() + self._settings.deadline_seconds
+            work = self._classified(scores, data, saliency, deadline, request)
+            answer = await _unless_gone(request, work)
         return JSONResponse(answer.model_dump(), headers={"Cache-Control": "no-store"})
 
-    def _score(self, classifier: Classifier, data: bytes, job: Job[Prediction]) -> Prediction:
-        """The work itself; runs in the worker's thread."""
-        self._metrics.took("wait", time.monotonic() - job.created)
-        with self._metrics.timed("read_image"):
-            image = suitable(decode_upload(data))
-        with self._metrics.timed("classify"):
-            (prediction,) = classifier.classify([image])
-        return prediction
+    async def batch(self, request: Request) -> Response:
+        """The answers as JSON, in the order of the form's files; see `ClassifiedFiles`."""
+        scores = self._available()
+        saliency = _saliency(request)
+        if self._forms >= FORMS:
+            crowded = f"{FORMS} forms of photographs are being answered; come back in a second."
+            raise Refusal(429, "busy", crowded, headers={"Retry-After": "1"})
+        self._forms += 1
+        try:
+            files = await read_images(
+                request,
+                self._settings.max_batch_bytes,
+                self._settings.max_batch_files,
+                self._settings.deadline_seconds,
+            )
+            with self._places.taken(len(files)):
+                work = self._each(scores, files, saliency, request)
+                results = await _unless_gone(request, work)
+        finally:
+            self._forms -= 1
+        answer = ClassifiedFiles(results=results)
+        return JSONResponse(answer.model_dump(), headers={"Cache-Control": "no-store"})
 
+    def _available(self) -> Scores:
+        if self._scores is None or self._card is None:
+            raise Refusal(
+                404, "no_classifier", "This bundle has no classifier; serve one that has."
+            )
+        trouble = self._scores.trouble()
+        if trouble is not None:
+            raise not_available(trouble)
+        return self._scores
 
-def suitable(image: Image.Image) -> Image.Image:
-    """The picture, if an answer about it would mean something.
+    async def _each(
+        self, scores: Scores, files: Sequence[bytes | Refusal], saliency: bool, request: Request
+    ) -> list[ClassifiedFile]:
+        deadline = time.monotonic() + self._settings.deadline_seconds
+        turns = asyncio.Semaphore(AT_ONCE)
 
-    Raises:
-        Refusal: 422, a side is under `MIN_SIDE` pixels, or it is longer than `MAX_RATIO` to 1.
-    """
-    size = f"image: the picture has {image.width} x {image.height} pixels"
-    if min(image.size) < MIN_SIDE:
-        raise Refusal(
-            422,
-            "unsuitable_image",
-            f"{size}; at least {MIN_SIDE} a side are needed. Send the photograph as the camera "
-            "made it, not a thumbnail",
-            field="image",
+        async def one(index: int, file: bytes | Refusal) -> ClassifiedFile:
+            try:
+                if isinstance(file, Refusal):
+                    raise file
+                self._fits(file)
+                async with turns:
+                    found = await self._classified(scores, file, saliency, deadline, request)
+            # Whatever is wrong with one file is told in its place, like that of a request.
+            except Exception as error:
+                told = error_reply(request, error)
+                return ClassifiedFile(index=index, error=told.error)
+            return ClassifiedFile(index=index, result=found)
+
+        return list(await asyncio.gather(*(one(*item) for item in enumerate(files))))
+
+    def _fits(self, file: bytes) -> None:
+        limit = self._settings.max_upload_bytes
+        if len(file) > limit:
+            raise Refusal(
+                413, "body_too_large", f"The file is longer than {limit:,} bytes.", field="image"
+            )
+
+    async def _classified(
+        self, scores: Scores, data: bytes, saliency: bool, deadline: float, request: Request
+    ) -> Classification:
+        """The answer about one file, within what is left of the time.
+
+        Raises:
+            Refusal: there is none, with the reason.
+        """
+        begin = time.monotonic()
+        photograph = Photograph(
+            data=data, saliency=saliency, expires=deadline, request_id=request_id(request)
         )
-    if max(image.size) > MAX_RATIO * min(image.size):
-        raise Refusal(
-            422,
-            "unsuitable_image",
-            f"{size}; only the square in its middle would be looked at. Crop it to the lesion, at "
-            f"most {MAX_RATIO} times as long as wide",
-            field="image",
+        try:
+            async with asyncio.timeout(deadline - begin):
+                result = await scores.score(photograph)
+        except TimeoutError:
+            raise self._late() from None
+        except UnavailableError as error:
+            raise not_available(error.trouble) from None
+        seconds = time.monotonic() - begin
+        self._places.took(seconds)
+        if result.answer is None:
+            assert result.fault is not None, "a result has one of them"
+            raise self._late() if result.fault.kind == "deadline" else refusal_of(result.fault)
+        self._metrics.took("wait", max(0.0, seconds - result.read_seconds - result.score_seconds))
+        self._metrics.took("read_image", result.read_seconds)
+        self._metrics.took("classify", result.score_seconds)
+        self._metrics.decision(result.answer.decision)
+        return self._told(result.answer)
+
+    def _told(self, answer: Answer) -> Classification:
+        assert self._card is not None, "asked for where there is a classifier"
+        saliency = None if answer.saliency is None else base64.b64encode(answer.saliency)
+        return Classification(
+            label=cast(Label | None, answer.label),
+            probability=answer.probability,
+            threshold=answer.threshold,
+            abstain=self._card.abstain,
+            decision=answer.decision,  # type: ignore[arg-type]
+            accepted=answer.accepted,
+            reasons=[Refused(code=code, text=text) for code, text in answer.reasons],  # type: ignore[arg-type]
+            saliency=None if saliency is None else saliency.decode("ascii"),
+            bundle=self._bundle,
         )
-    return image
+
+    def _late(self) -> Refusal:
+        return Refusal(
+            504,
+            "deadline",
+            f"It was not done within {self._settings.deadline_seconds:g} seconds; come back when "
+            "the service is less busy.",
+        )
+
+
+class Places:
+    """Photographs in work or waiting, at most `most`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._count = 0
+        self._usual_seconds = FIRST_GUESS_SECONDS
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Hold that many places.
+
+        Raises:
+            Refusal: 429 with `Retry-After`, there are not so many.
+        """
+        if self._count + count > self._most and self._count:
+            # When those that are here now will have gone.
+            wait = max(1, math.ceil(self._usual_seconds))
+            raise Refusal(
+                429,
+                "busy",
+                f"{self._count} of {self._most} places for photographs are taken; come back in "
+                f"about {wait} seconds.",
+                headers={"Retry-After": str(wait)},
+            )
+        self._count += count
+        try:
+            yield
+        finally:
+            self._count -= count
+
+    def took(self, seconds: float) -> None:
+        """Learn how long one takes, its wait included: a moving average."""
+        self._usual_seconds += 0.1 * (seconds - self._usual_seconds)
+
+
+def not_available(trouble: Trouble) -> Refusal:
+    """503, with `Retry-After` where it passes by itself."""
+    wait = {"Retry-After": str(COME_BACK_SECONDS)} if trouble.passes else {}
+    return Refusal(503, "not_ready", trouble.words, headers=wait)
+
+
+def refusal_of(fault: Fault) -> Refusal:
+    """What to tell of a photograph without an answer; the log has more where it is our fault."""
+    if fault.kind not in _STATUS:
+        return Refusal(
+            500, "internal", "Something failed here; the log of the service has it under this id."
+        )
+    status, code = _STATUS[fault.kind]
+    field = "saliency" if fault.kind == "no_saliency" else "image"
+    return Refusal(status, code, f"{field}: {fault.message}", field=field)
+
+
+def _saliency(request: Request) -> bool:
+    given = request.query_params.getlist("saliency")
+    if any(text not in ("0", "1") for text in given) or len(given) > 1:
+        raise Refusal(422, "invalid_request", "saliency: must be 0 or 1", field="saliency")
+    return given == ["1"]
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The outcome of `work`, or `Cancelled` as soon as the client has left; `work` ends then."""
+    doing = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise Cancelled("the client has left")
+        return doing.result()
+    finally:
+        gone.cancel()
+        doing.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

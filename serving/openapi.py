@@ -19,6 +19,7 @@ from serving.schema import (
     MAX_RATIO,
     MIN_SIDE,
     Classification,
+    ClassifiedFiles,
     ErrorReply,
     GenerateRequest,
     StreamImage,
@@ -32,6 +33,7 @@ _MODELS: tuple[type[BaseModel], ...] = (
     GenerateRequest,
     StreamRequest,
     Classification,
+    ClassifiedFiles,
     ErrorReply,
     ModelCard,
     StreamStart,
@@ -55,6 +57,13 @@ _REASONS = {
 
 _FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
 
+_SALIENCY = {
+    "name": "saliency",
+    "in": "query",
+    "description": "1: say where the classifier looked, too.",
+    "schema": {"type": "string", "enum": ["0", "1"], "default": "0"},
+}
+
 
 def document(card: ModelCard) -> dict[str, Any]:
     """The document for a service with this card."""
@@ -77,6 +86,7 @@ def document(card: ModelCard) -> dict[str, Any]:
             "/v1/generate": {"post": _generate()},
             "/v1/generate/stream": {"post": _stream()},
             "/v1/classify": {"post": _classify()},
+            "/v1/classify/batch": {"post": _classify_batch(card)},
             "/v1/model": {"get": _plain("The model card.", _json("ModelCard"))},
             "/openapi.json": {"get": _plain("This document.", {"application/json": {}})},
             "/": {"get": _plain("The page.", {"text/html": {}})},
@@ -176,11 +186,39 @@ def _classify() -> dict[str, Any]:
             "a smaller or longer one an answer would mean nothing (422)."
         ),
         "operationId": "classify",
+        "parameters": [_SALIENCY],
         "requestBody": {
             "required": True,
             "content": {**content, "multipart/form-data": {"schema": form}},
         },
         "responses": {"200": reply, **_errors(400, 404, 408, 413, 415, 422, 429, 500, 503, 504)},
+    }
+
+
+def _classify_batch(card: ModelCard) -> dict[str, Any]:
+    form = {
+        "type": "object",
+        "required": ["image"],
+        "additionalProperties": False,
+        "properties": {
+            "image": {
+                "type": "array",
+                "items": _FILE,
+                "minItems": 1,
+                "maxItems": card.limits.max_batch_files,
+            }
+        },
+    }
+    reply = {
+        "description": "An answer or an error for each file, in the order of the form.",
+        "content": _json("ClassifiedFiles"),
+    }
+    return {
+        "summary": "Classify the photographs of a form.",
+        "operationId": "classifyBatch",
+        "parameters": [_SALIENCY],
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}},
+        "responses": {"200": reply, **_errors(400, 404, 408, 413, 415, 422, 429, 500, 503)},
     }
 
 

@@ -9,10 +9,12 @@ answer 503 with the reason; probes of life, the page, the model card and metrics
 that ended instead would be started again and again, and would take its reason with it: this one
 gets no requests from a load balancer, refuses those that come past it, holds up a rolling update
 while the old one serves, and can be asked why. `DERMAFLUX_GOLDEN=0` leaves the comparison out.
+Engines are loaded in a thread, so that probes are answered meanwhile.
 
     >>> readiness = Readiness()
-    >>> readiness.begin(lambda: prove(bundle, pipeline, classifier, compare=True))
+    >>> readiness.begin(lambda: prove(bundle, pipeline, compare=True))
     >>> readiness.require()         # raises Refusal until it is proved
+    >>> readiness.leave()           # and from here on again: the process is about to end
 """
 
 from __future__ import annotations
@@ -22,11 +24,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from PIL import Image
-
 from dermaflux import golden
 from dermaflux.bundle import Bundle
-from dermaflux.classifier import Classifier
 from dermaflux.errors import DermaFluxError
 from dermaflux.pipeline import Pipeline
 from serving.card import GoldenCard
@@ -42,14 +41,18 @@ class Readiness:
     """Not ready until what `begin` was given has found nothing wrong, in a thread of its own."""
 
     def __init__(self) -> None:
-        self.golden = GoldenCard(
-            result="pending", words="The golden image is being drawn and compared."
-        )
+        self.golden = GoldenCard(result="pending", words="The engines are being loaded and proved.")
         self.ready = False
+        self.leaving = False
 
     def begin(self, prove: Callable[[], GoldenCard]) -> None:
         """Call `prove` once, beside everything else; its answer decides."""
-        threading.Thread(target=self._settle, args=(prove,), name="prove").start()
+        # A daemon: minutes of loading must not keep the process from ending.
+        threading.Thread(target=self._settle, args=(prove,), name="prove", daemon=True).start()
+
+    def leave(self) -> None:
+        """Take nothing more: the process ends once what it has begun is finished."""
+        self.leaving = True
 
     def require(self) -> None:
         """Nothing, once the service is ready.
@@ -57,6 +60,9 @@ class Readiness:
         Raises:
             Refusal: 503, with the reason; with `Retry-After` while waiting helps.
         """
+        if self.leaving:
+            words = "This process is about to end; another one takes requests, or will soon."
+            raise Refusal(503, "not_ready", words, headers={"Retry-After": str(COME_BACK_SECONDS)})
         if self.ready:
             return
         told = self.golden
@@ -82,18 +88,14 @@ class Readiness:
         logger.log(level, "%s after %.1f s: %s", state, time.monotonic() - begin, found.words)
 
 
-def prove(
-    bundle: Bundle, pipeline: Pipeline, classifier: Classifier | None, *, compare: bool
-) -> GoldenCard:
-    """Run every engine once; with `compare`, draw the bundle's golden image and judge it.
+def prove(bundle: Bundle, pipeline: Pipeline, *, compare: bool) -> GoldenCard:
+    """Run every engine of the generator once; with `compare`, draw the bundle's golden image and
+    judge it.
 
     Raises:
         BundleError: the golden image cannot be drawn from what the bundle says of it.
         EngineError: an engine failed.
     """
-    if classifier is not None:
-        _, height, width = classifier.spec.input_size
-        classifier.classify([Image.new("RGB", (width, height))])
     if not compare or bundle.golden is None:
         pipeline.generate([pipeline.request("a lesion", seed=0, steps=1)])
     if not compare:

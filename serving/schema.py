@@ -170,14 +170,18 @@ class Refused(BaseModel):
     text: str = Field(description="A sentence for a person, with the figure and its limit.")
 
 
+Label = Literal["benign", "malignant"]
+
+
 class Classification(BaseModel):
     """The classifier's answer about one photograph. Research use only."""
 
-    label: Literal["benign", "malignant"] = Field(
-        description="malignant where probability >= threshold"
+    label: Label | None = Field(
+        description="malignant where probability >= threshold; null where the picture is not "
+        "accepted"
     )
-    probability: Annotated[float, Field(ge=0, le=1)] = Field(
-        description="Calibrated probability of malignant."
+    probability: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        description="Calibrated probability of malignant; null where the picture is not accepted."
     )
     threshold: float
     abstain: tuple[float, float] = Field(
@@ -186,11 +190,33 @@ class Classification(BaseModel):
     decision: Literal["benign", "malignant", "abstain"]
     accepted: bool = Field(
         description="Whether the picture is one that can be judged: well enough taken, and like "
-        "those that the classifier learnt from. If not, the decision is abstain, and label and "
-        "probability mean nothing."
+        "those that the classifier learnt from. If not, the decision is abstain, and there is no "
+        "label, no probability and no saliency."
     )
     reasons: list[Refused] = Field(description="Why it is not accepted; empty where it is.")
+    saliency: str | None = Field(
+        default=None,
+        description="Where the classifier looked, if asked for: a PNG file, base64, to be laid "
+        "over the picture, whose shape it has. Grey is attention rolled out over the blocks of "
+        "the vision transformer (white most), alpha is 0 where the picture was cut off. It tells "
+        "where the model looked, not why, and explains nothing clinically.",
+        json_schema_extra={"format": "byte"},
+    )
     bundle: str = Field(description="Identity of the bundle that answered.")
+
+
+class ClassifiedFile(BaseModel):
+    """What became of one file of a form: one of result and error."""
+
+    index: int = Field(description="Which file of the form, from 0.")
+    result: Classification | None = None
+    error: ErrorDetail | None = None
+
+
+class ClassifiedFiles(BaseModel):
+    """The answers about the files of a form, in their order."""
+
+    results: list[ClassifiedFile]
 
 
 class StreamStart(BaseModel):

@@ -116,7 +116,7 @@ class Scoring:
             elif isinstance(one, Judged):
                 item.result.answer = self._answer(one, item.size, photograph)
             else:
-                logger.error("request %s was not scored", photograph.request_id, exc_info=one)
+                _log("a picture was not scored", photograph, one)
                 item.result.fault = Fault(kind="failed", message="The classifier failed.")
         return [item.result for item in items]
 
@@ -132,7 +132,7 @@ class Scoring:
         except Exception as error:
             if len(prepared) == 1:
                 return [error]
-            logger.warning("a batch of %d failed (%s); trying one by one", len(prepared), error)
+            logger.warning("a batch of %d failed; trying one by one", len(prepared))
             return [found for one in prepared for found in self._judge([one])]
 
     def _read(self, photograph: Photograph) -> _Read:
@@ -151,7 +151,7 @@ class Scoring:
         except ImageError as error:
             result.fault = Fault(kind="invalid_image", message=str(error))
         except Exception as error:
-            logger.error("request %s was not read", photograph.request_id, exc_info=error)
+            _log("a picture was not prepared", photograph, error)
             result.fault = Fault(kind="failed", message="The picture could not be prepared.")
         result.read_seconds = time.monotonic() - begin
         return _Read(result, prepared, size)
@@ -190,3 +190,7 @@ def unsuitable(size: tuple[int, int]) -> Fault | None:
             f"lesion, at most {MAX_RATIO} times as long as wide",
         )
     return None
+
+
+def _log(words: str, photograph: Photograph, error: Exception) -> None:
+    logger.error(words, exc_info=error, extra={"request": photograph.request_id})

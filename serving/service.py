@@ -1,27 +1,34 @@
 """The BentoML service: opens a bundle at start-up and mounts our app at `/`.
 
-BentoML brings workers, graceful stop, probes and `/metrics`; the routes, the page and the errors
+BentoML brings processes, probes of life and adaptive batching; the routes, the page and the errors
 are ours (`serving.app`), since BentoML's own are POST only, re-encode images and leave mounted
-routes out of their document.
+routes out of their document. Two services, two processes: this one draws and answers HTTP, the one
+in `serving.scorer` classifies; they talk over a Unix socket.
+
+Either opens its engines in a thread, so probes are answered from the first second, and `/readyz`
+says 503 with the reason until both are proved (`serving.readiness`). If the classifier's process
+dies, `/readyz` and its routes say 503 until BentoML has started another, within some ten seconds,
+and generation goes on; in a container BentoML ends with it, and the container is started again.
+SIGTERM ends both once what they have begun is finished (`serving.draining`).
 
     DERMAFLUX_BUNDLE=bundles/mini bentoml serve serving.service:DermaFlux --port 8000
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import bentoml
+from bentoml.exceptions import BentoMLException
 
 from dermaflux.bundle import Bundle
-from dermaflux.classifier import Classifier
 from dermaflux.doctor import damaged, files_of
 from dermaflux.engines import EAGER, Choice, choose
 from dermaflux.errors import BundleError, DermaFluxError, EngineError
@@ -29,39 +36,38 @@ from dermaflux.pipeline import Pipeline
 from dermaflux.residency import planned
 from serving.access import refuse_open_door
 from serving.app import OWN_PATHS, create_app, paths
-from serving.card import card_of
-from serving.framework import Configured, listening_host
+from serving.card import GoldenCard, card_of
+from serving.draining import Work, finish_before_exit
+from serving.framework import listening_host
 from serving.readiness import Readiness, prove
+from serving.scorer import Scorer, Untimed, refuse_pickle_over_tcp
+from serving.scores import Local, Remote, Scores
 from serving.settings import Settings
+from serving.sources import find_bundle
+from serving.starting import starting
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
     from starlette.applications import Starlette
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BUNDLE = Path("bundles/mini")
-HERE = Path(__file__).resolve().parent.parent
-"""The repository, or the `src` folder of a Bento."""
-
+LAST_SECONDS = 5.0
+"""Beyond the deadline, for replies on their way when the process is told to end."""
+LOST = (aiohttp.ClientError, TimeoutError, BentoMLException)
+"""What BentoML's client raises where the other process cannot answer."""
 UNKNOWN_PATH = "/unknown"
 
 
-class _Bounded(Configured):
-    """BentoML's service with our readiness, without two things that grow with what strangers send.
-
-    Its metrics are labelled with the raw path, so a scan for weaknesses would make a time series
-    of every address it tries. Its timeout keeps a timer of every request until that would have
-    fired, and leaves the thread running when it does; our own deadline stops the work.
+class _Bounded(Untimed):
+    """BentoML's service with our readiness, and metrics that do not grow with what strangers send:
+    BentoML labels them with the raw path, so a scan for weaknesses would make a time series of
+    every address it tries.
     """
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        app: Starlette = super().to_asgi(is_main)
-        app.user_middleware = [
-            middleware
-            for middleware in app.user_middleware
-            if getattr(middleware.cls, "__name__", "") != "TimeoutMiddleware"
-        ]
+        app = super().to_asgi(is_main)
         known = paths()
 
         async def with_known_path(scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,14 +80,16 @@ class _Bounded(Configured):
 
 
 class _Mounted:
-    """What BentoML mounts at import; the service puts the app behind it when it starts."""
+    """What BentoML mounts at import; the service puts its app behind it when it starts."""
 
     def __init__(self) -> None:
         self.app: ASGIApp | None = None
+        self.work = Work()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.app is not None, "BentoML starts the service before it takes requests"
-        await self.app(scope, receive, send)
+        with self.work:
+            await self.app(scope, receive, send)
 
 
 _mounted = _Mounted()
@@ -110,45 +118,81 @@ class DermaFlux:
             if bundle.classifier:
                 served.append(choose(bundle, "classifier", settings.engine, settings.precision))
             refuse_open_door(settings, listening_host())
+            refuse_pickle_over_tcp()
             _refuse_damage(bundle, served)
         except DermaFluxError as error:
             sys.exit(f"error: {error}")
+
+    scorer = bentoml.depends(Scorer)
 
     def __init__(self) -> None:
         # Imported here: with several workers it has to see the folder that BentoML names in the
         # worker's environment.
         from prometheus_client import REGISTRY
 
-        _log_as_bentoml_does()
-        begin = time.monotonic()
-        settings = Settings.from_environment(os.environ)
-        bundle = Bundle.open(find_bundle(settings))
-        forced: Mapping[str, Any] = {
-            "engine": settings.engine,
-            "precision": settings.precision,
-            "threads": settings.threads,
-        }
-        # Beside each other: opening a graph is mostly the work of one core.
-        with ThreadPoolExecutor(1) as pool:
-            scorer = pool.submit(Classifier.open, bundle, **forced) if bundle.classifier else None
-            pipeline = Pipeline.open(bundle, **forced)
-            classifier = scorer.result() if scorer else None
-        choices = [*pipeline.choices.values()]
-        if classifier is not None and classifier.choice is not None:
-            choices.append(classifier.choice)
-        assert pipeline.plan is not None, "planned where a bundle is opened"
-        card = card_of(bundle, choices, settings, pipeline.plan.groups)
-        readiness = Readiness()
-        self._app = create_app(pipeline, classifier, card, settings, REGISTRY, readiness)
-        _mounted.app = self._app
-        seconds = time.monotonic() - begin
-        logger.info("%s (%s) loaded in %.1f s", bundle.path.resolve(), bundle.id, seconds)
-        readiness.begin(lambda: prove(bundle, pipeline, classifier, compare=settings.golden))
+        self._settings = Settings.from_environment(os.environ)
+        bundle = Bundle.open(find_bundle(self._settings))
+        self._readiness = Readiness()
+        self._scores = self._scores_of(bundle)
+        self._app: Starlette | None = None
+        self._following: asyncio.Task[None] | None = None
+        _mounted.app = starting(self._readiness)
+        self._readiness.begin(lambda: self._open(bundle, REGISTRY))
+
+    @bentoml.on_startup  # type: ignore[untyped-decorator]
+    async def start(self) -> None:
+        """What needs the event loop."""
+        finish_before_exit(
+            self._readiness.leave,
+            _mounted.work.over,
+            seconds=self._settings.deadline_seconds + LAST_SECONDS,
+        )
+        if isinstance(self._scores, Remote):
+            await self.scorer.__aenter__()
+            self._following = asyncio.create_task(self._scores.follow())
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
         """Stop what still runs."""
-        self._app.state.close()
+        if self._following is not None:
+            self._following.cancel()
+        if isinstance(self._scores, Local):
+            self._scores.close()
+        if self._app is not None:
+            self._app.state.close()
+
+    def _scores_of(self, bundle: Bundle) -> Scores | None:
+        """The classifier: BentoML gives another process, or where it has none (in a test client)
+        the service itself."""
+        if bundle.classifier is None:
+            return None
+        service: Any = Scorer
+        scorer: Any = self.scorer
+        if isinstance(scorer, service.inner):
+            return Local(scorer.opening)
+        return Remote(scorer.to_async, LOST)
+
+    def _open(self, bundle: Bundle, registry: CollectorRegistry) -> GoldenCard:
+        """Load the generator, put the app behind the mount, and prove it; runs in a thread."""
+        begin = time.monotonic()
+        settings = self._settings
+        forced = (settings.engine, settings.precision)
+        pipeline = Pipeline.open(
+            bundle, engine=forced[0], precision=forced[1], threads=settings.threads
+        )
+        choices = [*pipeline.choices.values()]
+        if bundle.classifier is not None:
+            choices.append(choose(bundle, "classifier", *forced))
+        assert pipeline.plan is not None, "planned where a bundle is opened"
+        card = card_of(bundle, choices, settings, pipeline.plan.groups)
+        self._app = create_app(pipeline, self._scores, card, settings, registry, self._readiness)
+        _mounted.app = self._app
+        seconds = time.monotonic() - begin
+        logger.info("%s (%s) loaded in %.1f s", bundle.path.resolve(), bundle.id, seconds)
+        found = prove(bundle, pipeline, compare=settings.golden)
+        if found.result != "failed":
+            self._app.state.drawing.warm()
+        return found
 
 
 def _refuse_damage(bundle: Bundle, served: Iterable[Choice]) -> None:
@@ -163,29 +207,3 @@ def _refuse_damage(bundle: Bundle, served: Iterable[Choice]) -> None:
             f"not what was exported in {bundle.path}, by sha256: {', '.join(wrong)}. Copy the "
             f"bundle anew, or make it with: python -m export CHECKPOINT --out {bundle.path}"
         )
-
-
-def _log_as_bentoml_does() -> None:
-    """Our records go where BentoML's go, in its form; without this only warnings are seen."""
-    for name in ("dermaflux", "serving"):
-        ours = logging.getLogger(name)
-        ours.handlers = logging.getLogger("bentoml").handlers
-        ours.setLevel(logging.INFO)
-        ours.propagate = False
-
-
-def find_bundle(settings: Settings) -> Path:
-    """The bundle of the settings, else bundles/mini of the working folder, else that beside us.
-
-    Raises:
-        BundleError: the default is nowhere.
-    """
-    if settings.bundle is not None:
-        return settings.bundle
-    for folder in (DEFAULT_BUNDLE, HERE / DEFAULT_BUNDLE):
-        if folder.is_dir():
-            return folder
-    raise BundleError(
-        f"there is no bundle at {DEFAULT_BUNDLE}. Make it with: "
-        f"python -m export models/mini --out {DEFAULT_BUNDLE}, or name one in DERMAFLUX_BUNDLE"
-    )

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from dermaflux.tokens import Tokens
 from serving.app import create_app
 from serving.card import GoldenCard, ModelCard, card_of
 from serving.readiness import Readiness
+from serving.scores import Local, Scores
+from serving.scoring import Scoring
 from serving.settings import Settings
 
 MODEL = ModelSpec(
@@ -147,10 +150,12 @@ def running(
     fails: Exception | None = None,
     classifies: bool = True,
     intake: Intake | None = None,
+    scores: Scores | None = None,
     prove: Callable[[], GoldenCard] | None = None,
     **settings: object,
 ) -> Iterator[Live]:
-    """The app with these settings on a free port; `fails` is raised by the transformer.
+    """The app with these settings on a free port; `fails` is raised by the transformer, `scores`
+    stand in for the classifier.
 
     It is ready at once, or when `prove` says so.
     """
@@ -168,7 +173,8 @@ def running(
     def redness(inputs: Arrays) -> dict[str, Array]:
         red = inputs["pixel_values"][:, 0].mean(axis=(1, 2)) * 4
         logits = np.stack([-red, red], axis=1).astype(np.float32)
-        return {"logits": logits, "features": logits}
+        looked = np.tile(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4), (len(red), 1, 1))
+        return {"logits": logits, "features": logits, "saliency": looked}
 
     engines["transformer"] = fake.Fake(braked)
     origin = {"bundle": "0123456789abcdef", "model": "tiny", "wording": WORDING}
@@ -181,12 +187,15 @@ def running(
         engines,
         origin,
     )
-    classifier = Classifier(SPEC, fake.Fake(redness), intake=intake) if classifies else None
+    if scores is None and classifies:
+        opening: Future[Scoring] = Future()
+        opening.set_result(Scoring(Classifier(SPEC, fake.Fake(redness), intake=intake)))
+        scores = Local(opening)
     registry = CollectorRegistry()
     card = tiny_card(configured, classifies=classifies)
     readiness = Readiness()
     readiness.ready = prove is None
-    app = create_app(pipeline, classifier, card, configured, registry, readiness)
+    app = create_app(pipeline, scores, card, configured, registry, readiness)
     if prove is not None:
         readiness.begin(prove)
     with socket.socket() as listener:

@@ -42,6 +42,7 @@ def test_answer(live: Live, red: int, label: str, decision: str) -> None:
         "decision": decision,
         "accepted": True,
         "reasons": [],
+        "saliency": None,
         "bundle": "0123456789abcdef",
     }
     assert live.count("dermaflux_decisions_total", decision=decision) == 1
@@ -52,7 +53,9 @@ def test_a_picture_that_cannot_be_judged_gets_no_decision_and_the_reason() -> No
         reply = post(live, picture(255))
         assert reply.status_code == 200
         answer = reply.json()
-        assert (answer["label"], answer["decision"]) == ("malignant", "abstain")
+        assert answer["decision"] == "abstain"
+        # Whoever does not read further than these must not find an answer there.
+        assert (answer["label"], answer["probability"], answer["saliency"]) == (None, None, None)
         assert not answer["accepted"]
         (reason,) = answer["reasons"]
         assert reason["code"] == "too_dark"
@@ -211,7 +214,9 @@ def test_classification_does_not_wait_for_a_generation(live: Live) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with live.brake.closed(), ThreadPoolExecutor(1) as pool:
-        drawing = pool.submit(live.client.post, "/v1/generate", json={"prompt": "benign"})
+        drawing = pool.submit(
+            live.client.post, "/v1/generate", json={"lesion": {"label": "benign"}}
+        )
         live.brake.wait_for(1)
         assert post(live, picture(0)).status_code == 200
         live.brake.open.set()

@@ -1,0 +1,203 @@
+"""Who scores photographs: a classifier in this process, or the one in a process of its own.
+
+The app knows only `Scores`. Behind the service it is `Remote`, over BentoML's client to
+`serving.scorer`; in tests, and where BentoML has no processes, it is `Local`.
+
+A process can die with photographs in it, of lack of memory say. `Remote` holds one connection open
+for as long as the other process lives (`follow`): when that breaks, everybody who waits is told at
+once, and whoever comes meanwhile too; generation goes on. Nothing is asked again and again.
+
+    >>> scores = Local(beside(lambda: opened(bundle)))
+    >>> await scores.score(Photograph(data=content))
+    Result(answer=Answer(label='benign', ...), fault=None, ...)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeVar
+
+from dermaflux.errors import DermaFluxError
+from serving.scoring import Photograph, Result, Scoring
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CALLS: Final = 48
+"""Photographs on their way to the other process at a time; more wait here. Three batches, so the
+next is there when one is done, and fewer than the connections that the client has (100)."""
+ATTEMPTS: Final = 3
+"""A connection that the other side closes as idle just when it is used again is no failure."""
+AGAIN_SECONDS: Final = 0.5
+"""Before a process that could not be followed is looked for again."""
+
+LOADING: Final = "loading"
+READY: Final = "ready"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why no photograph can be scored now, and whether that passes by itself."""
+
+    words: str
+    passes: bool = True
+
+
+ENDED: Final = Trouble("The classifier's process ended and is being started again.")
+
+
+class UnavailableError(DermaFluxError):
+    """No photograph can be scored now."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(trouble.words)
+        self.trouble = trouble
+
+
+class Scores(Protocol):
+    """What the app needs of a classifier."""
+
+    def trouble(self) -> Trouble | None:
+        """Why none can be had now; None where one can."""
+
+    async def score(self, photograph: Photograph) -> Result:
+        """The result of one photograph; batches are made behind this.
+
+        Raises:
+            UnavailableError: it cannot be had now.
+        """
+
+
+class Local:
+    """A classifier in this process, once it is opened; one photograph at a time."""
+
+    def __init__(self, opening: Future[Scoring]) -> None:
+        self._opening = opening
+        self._pool = ThreadPoolExecutor(1, "score")
+
+    def trouble(self) -> Trouble | None:
+        return trouble_of(self._opening)
+
+    async def score(self, photograph: Photograph) -> Result:
+        trouble = self.trouble()
+        if trouble is not None:
+            raise UnavailableError(trouble)
+        work = self._pool.submit(self._opening.result(), [photograph])
+        (result,) = await asyncio.wrap_future(work)
+        return result
+
+    def close(self) -> None:
+        """Take nothing more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Client(Protocol):
+    """What BentoML's client makes of `serving.scorer.Scorer`."""
+
+    async def score(self, photographs: Sequence[Photograph]) -> list[Result]: ...
+
+    def life(self) -> AsyncIterator[str]: ...
+
+
+class Remote:
+    """The classifier of another process; `lost` are the client's exceptions that mean that a
+    connection broke. `follow` has to run beside it."""
+
+    def __init__(self, client: Client, lost: tuple[type[Exception], ...]) -> None:
+        self._client = client
+        self._lost = lost
+        self._calls = asyncio.Semaphore(CALLS)
+        self._trouble: Trouble | None = Trouble("The classifier is being loaded.")
+        self._gone = asyncio.Event()
+
+    def trouble(self) -> Trouble | None:
+        return self._trouble
+
+    async def follow(self) -> None:
+        """Keep to what the other process says of itself, for as long as both live.
+
+        A connection waits in the socket until there is a process that takes it, so this does too.
+        """
+        while True:
+            try:
+                async for line in self._client.life():
+                    self._told(line)
+                logger.info("the classifier's process ends")
+            except self._lost as error:
+                logger.warning("the classifier's process is gone: %r", error)
+            self._trouble = ENDED
+            self._gone.set()
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def score(self, photograph: Photograph) -> Result:
+        async with self._calls:
+            for attempt in range(ATTEMPTS):
+                if self._trouble is not None:
+                    raise UnavailableError(self._trouble)
+                try:
+                    return await self._once(photograph)
+                except self._lost as error:
+                    logger.info("attempt %d: a connection was lost: %r", attempt + 1, error)
+        raise UnavailableError(Trouble("The classifier's process cannot be reached."))
+
+    async def _once(self, photograph: Photograph) -> Result:
+        """One call, given up as soon as the other process is gone."""
+        call = asyncio.ensure_future(self._client.score([photograph]))
+        gone = asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait({call, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if call.done():
+                (result,) = call.result()
+                return result
+            raise UnavailableError(self._trouble or ENDED)
+        finally:
+            gone.cancel()
+            call.cancel()
+
+    def _told(self, text: str) -> None:
+        """The last of the lines that came together is how it stands."""
+        line = text.splitlines()[-1]
+        if line == READY:
+            self._trouble = None
+            # A new event, since those who waited for the last one may not all have seen it yet.
+            self._gone = asyncio.Event()
+        elif line == LOADING:
+            self._trouble = Trouble("The classifier is being loaded.")
+        else:
+            self._trouble = Trouble(line, passes=False)
+
+
+def trouble_of(opening: Future[Scoring]) -> Trouble | None:
+    """How a classifier that is being opened stands."""
+    if not opening.done():
+        return Trouble("The classifier is being loaded.")
+    error = opening.exception()
+    if error is None:
+        return None
+    if isinstance(error, DermaFluxError):
+        return Trouble(f"The classifier cannot be used: {error}", passes=False)
+    return Trouble(
+        "The classifier failed when it was loaded; the log of the service has it.", passes=False
+    )
+
+
+def beside(work: Callable[[], T], name: str = "open") -> Future[T]:
+    """`work` in a thread of its own, which does not keep the process from ending."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except Exception as error:
+            if not isinstance(error, DermaFluxError):
+                logger.exception("%s failed", name)
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return outcome

@@ -1,0 +1,42 @@
+"""What the service answers while its engines are being loaded: 503 with the reason, at any address.
+
+Loading takes seconds to minutes, and a probe that gets no answer is taken for a process that hangs.
+`/livez` is answered by BentoML meanwhile; everything else by this, in the form of all our errors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from serving.app import SecurityHeaders
+from serving.logs import AccessLog
+from serving.readiness import Readiness
+from serving.replies import Refusal, error_response
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+
+def starting(readiness: Readiness) -> ASGIApp:
+    """The app until the one that can draw is there."""
+
+    async def refuse(request: Request) -> Response:
+        request.state.route = "starting"
+        try:
+            readiness.require()
+        except Refusal as error:
+            return error_response(request, error)
+        # Between the two apps; the next request reaches the other one.
+        return error_response(request, Refusal(503, "not_ready", "It starts; come back."))
+
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    return Starlette(
+        routes=[Route("/{path:path}", refuse, methods=methods)],
+        middleware=[Middleware(SecurityHeaders), Middleware(AccessLog)],
+    )

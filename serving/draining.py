@@ -52,7 +52,7 @@ def finish_before_exit(
     if threading.current_thread() is not threading.main_thread():
         return
     loop = asyncio.get_running_loop()
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     tasks: list[asyncio.Task[None]] = []
 
     def leave() -> None:
@@ -70,8 +70,8 @@ def finish_before_exit(
         except TimeoutError:
             logger.warning("something is not finished after %g seconds; it is given up", seconds)
         finally:
-            if callable(before):
-                before(signal.SIGTERM, None)
+            signal.signal(signal.SIGTERM, before)
+            signal.raise_signal(signal.SIGTERM)
 
     def told(_: int, __: FrameType | None) -> None:
         loop.call_soon_threadsafe(leave)

@@ -1,5 +1,7 @@
 // The service's API as this page uses it: relative addresses, so a prefix of a proxy is kept.
 
+import { askKey, forgetKey, key } from "./key.js";
+
 export class ApiError extends Error {
   constructor({ message, field, code }) {
     super(message);
@@ -9,40 +11,60 @@ export class ApiError extends Error {
 }
 
 export async function modelCard() {
-  return (await checked(await fetch("v1/model"))).json();
+  return (await asked("v1/model")).json();
 }
 
-// Sends the picture; resolves to the classification.
-export async function classify(picture, signal) {
+// Sends the picture; resolves to the classification, with a map where `saliency` is set.
+export async function classify(picture, saliency, signal) {
   const headers = { "Content-Type": picture.type };
-  const reply = await fetch("v1/classify", { method: "POST", headers, body: picture, signal });
-  return (await checked(reply)).json();
+  const reply = await asked(`v1/classify${saliency ? "?saliency=1" : ""}`, { method: "POST", headers, body: picture, signal });
+  return reply.json();
 }
 
-// Draws one image. `on.queued` and `on.progress` are told on the way; resolves to the event
-// `image`. Aborting the signal closes the connection, which stops the work in the service.
+// Draws images. `on` is told of the events on the way, `image` once for each. Aborting the signal
+// closes the connection, which stops the work in the service.
 export async function generate(wanted, signal, on) {
   const headers = { "Content-Type": "application/json" };
   const body = JSON.stringify(wanted);
-  const reply = await fetch("v1/generate/stream", { method: "POST", headers, body, signal });
-  await checked(reply);
+  const reply = await asked("v1/generate/stream", { method: "POST", headers, body, signal });
+  let left = wanted.n;
   for await (const { name, data } of events(reply.body)) {
-    if (name === "image") return data;
     if (name === "error") throw new ApiError(data.error);
     on[name]?.(data);
+    if (name === "image") left -= 1;
+    if (left === 0) return;
   }
-  throw new ApiError({ message: "The connection ended before the image was there. Try again." });
+  throw new ApiError({ message: "The connection ended before all was drawn. Try again." });
 }
 
-async function checked(reply) {
-  if (reply.ok) return reply;
+// The bytes of a file that came as base64 in JSON.
+export function bytes(text) {
+  return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+}
+
+// A reply that is no refusal. Where the service wants a key, the user is asked for one.
+async function asked(address, options = {}) {
+  for (;;) {
+    const held = key();
+    const headers = { ...options.headers, ...(held ? { Authorization: `Bearer ${held}` } : {}) };
+    const reply = await fetch(address, { ...options, headers });
+    if (reply.ok) return reply;
+    const error = await refusal(reply);
+    if (reply.status !== 401) throw error;
+    forgetKey();
+    // No key is given: what the service said of it is the answer.
+    if (!(await askKey(held ? error.message : ""))) throw error;
+  }
+}
+
+async function refusal(reply) {
   let error = null;
   try {
     error = (await reply.json()).error;
   } catch {
     // Not one of our replies: a proxy answered.
   }
-  throw new ApiError(error?.message ? error : { message: `The service answered with status ${reply.status}.` });
+  return new ApiError(error?.message ? error : { message: `The service answered with status ${reply.status}.` });
 }
 
 async function* events(stream) {

@@ -1,22 +1,29 @@
 // First panel: describe a lesion, watch it being drawn, repeat or vary it.
 
-import { ApiError, generate } from "./api.js";
-import { byId, element } from "./dom.js";
-import { buildAttributes, buildSizes, readLesion, tieSlider } from "./form.js";
+import { ApiError, bytes, generate } from "./api.js";
+import { byId } from "./dom.js";
+import { buildAttributes, buildCount, buildSizes, readLesion, tieSlider } from "./form.js";
+import { Gallery } from "./gallery.js";
 
 // Field names of the API that differ from the ids of the form.
-const FIELDS = { width: "side", height: "side", "lesion.diagnosis": "diagnosis" };
+const FIELDS = { width: "side", height: "side", n: "count", "lesion.diagnosis": "diagnosis" };
+// Unfinished pictures on the way: enough to see it come, few enough not to hold it up.
+const PREVIEWS = 4;
 
 let running = null;
 let shown = null;
+let gallery = null;
 
 // `assess` takes a picture to the second panel; null where there is no classifier.
 export function startDrawing(card, assess) {
   const form = byId("draw-form");
+  gallery = new Gallery();
   buildAttributes(byId("attributes"), card);
   buildSizes(byId("side"), card);
+  buildCount(byId("count"), card);
   setUpNumbers(card);
   byId("assess").hidden = assess === null;
+  byId("mode").hidden = !card.roles.includes("free-text");
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -24,17 +31,18 @@ export function startDrawing(card, assess) {
   });
   for (const mode of form.elements.mode) mode.addEventListener("change", () => showMode(form));
   showMode(form);
-  byId("draw-cancel").addEventListener("click", () => running?.abort());
+  byId("draw-stop").addEventListener("click", () => running?.abort());
   document.addEventListener("keydown", ({ key }) => { if (key === "Escape") running?.abort(); });
   byId("repeat").addEventListener("click", () => {
-    byId("seed").value = shown.seed;
-    draw(shown.wanted);
+    byId("seed").value = gallery.chosen.seed;
+    byId("count").value = 1;
+    draw({ ...shown, seed: gallery.chosen.seed, n: 1 });
   });
   byId("new-seed").addEventListener("click", () => {
     byId("seed").value = "";
-    draw({ ...shown.wanted, seed: null });
+    draw({ ...shown, seed: null });
   });
-  byId("assess").addEventListener("click", () => assess(shown.picture));
+  byId("assess").addEventListener("click", () => assess(gallery.chosen.picture));
 }
 
 function setUpNumbers({ limits, defaults }) {
@@ -65,6 +73,8 @@ function read(form, card) {
     guidance: card.defaults.guidance === null ? null : number("guidance"),
     width: side,
     height: side,
+    n: Number(byId("count").value),
+    previews: Math.min(PREVIEWS, card.limits.max_previews),
   };
 }
 
@@ -73,17 +83,35 @@ async function draw(wanted) {
   running = new AbortController();
   showError(null);
   showRunning(true, "Waiting for the service");
+  gallery.begin(wanted.n);
+  const steps = Array(wanted.n).fill(0);
+  const place = ({ ahead }) => showProgress(0, 1, ahead ? `Waiting: ${ahead} before ${wanted.n > 1 ? "these" : "this one"}` : "Starting");
+  const images = [];
   try {
-    const image = await generate(wanted, running.signal, {
-      queued: ({ ahead }) => showProgress(0, 1, ahead ? `Waiting: ${ahead} before this one` : "Starting"),
-      progress: ({ step, steps }) => showProgress(step, steps, `Step ${step} of ${steps}`),
+    await generate(wanted, running.signal, {
+      queued: place,
+      position: (data) => { if (!steps.some(Boolean)) place(data); },
+      progress: ({ image, step, steps: all, preview }) => {
+        steps[image] = step;
+        const done = steps.reduce((sum, one) => sum + one, 0);
+        showProgress(done, all * wanted.n, `Step ${done} of ${all * wanted.n}`);
+        if (preview) gallery.preview(image, new Blob([bytes(preview)], { type: "image/jpeg" }));
+      },
+      image: (image) => {
+        images.push({ ...image, picture: new Blob([bytes(image.file)], { type: `image/${image.format}` }) });
+      },
     });
-    showImage(image, wanted);
-    byId("draw-status").textContent = `The image is there. Seed ${image.seed}.`;
+    shown = wanted;
+    gallery.show(images);
+    const seeds = images.map(({ seed }) => seed);
+    byId("draw-status").textContent = images.length === 1
+      ? `The image is there. Seed ${seeds[0]}.`
+      : `${images.length} images are there. Seeds ${seeds.join(", ")}.`;
   } catch (error) {
-    if (error.name === "AbortError") byId("draw-status").textContent = "Cancelled.";
+    if (error.name === "AbortError") byId("draw-status").textContent = "Stopped.";
     else showError(error);
   } finally {
+    gallery.end();
     running = null;
     showRunning(false, "");
   }
@@ -93,11 +121,11 @@ function showRunning(on, text) {
   const stage = byId("drawing");
   stage.dataset.state = on ? "running" : shown ? "done" : "empty";
   stage.setAttribute("aria-busy", String(on));
-  const cancelHadFocus = document.activeElement === byId("draw-cancel");
+  const stopHadFocus = document.activeElement === byId("draw-stop");
   // Not disabled: that would take the focus away from the button just pressed.
   for (const id of ["draw-start", "repeat", "new-seed"]) byId(id).setAttribute("aria-disabled", String(on));
   byId("progress").hidden = !on;
-  if (cancelHadFocus && !on) byId("draw-start").focus();
+  if (stopHadFocus && !on) byId("draw-start").focus();
   if (on) {
     showProgress(0, 1, text);
     byId("draw-status").textContent = "Generating.";
@@ -109,35 +137,6 @@ function showProgress(step, steps, text) {
   byId("progress-bar").max = steps;
   byId("progress-bar").value = step;
   byId("progress-text").textContent = text;
-}
-
-function showImage(image, wanted) {
-  const bytes = Uint8Array.from(atob(image.file), (letter) => letter.charCodeAt(0));
-  const picture = new Blob([bytes], { type: "image/png" });
-  if (shown) URL.revokeObjectURL(shown.address);
-  const address = URL.createObjectURL(picture);
-  shown = { picture, address, seed: image.seed, wanted: { ...wanted, seed: image.seed } };
-
-  const drawn = byId("drawn");
-  drawn.src = address;
-  drawn.alt = `Synthetic image: ${image.prompt}`;
-  byId("download").href = address;
-  byId("download").download = `dermaflux-${image.seed}.png`;
-  byId("drawn-prompt").textContent = image.prompt;
-  const cut = byId("drawn-cut");
-  cut.hidden = image.prompt_tokens <= image.text_length;
-  cut.textContent = `The description has ${image.prompt_tokens} tokens; the model read the first ${image.text_length}.`;
-  const facts = {
-    Seed: image.seed,
-    Steps: image.steps,
-    ...(image.guidance === null ? {} : { Guidance: image.guidance }),
-    Size: `${image.width} × ${image.height}`,
-    Engine: `${image.engine}, ${image.precision}`,
-    Bundle: image.bundle,
-  };
-  byId("drawn-facts").replaceChildren(...Object.entries(facts).map(([name, value]) =>
-    element("div", {}, element("dt", {}, name), element("dd", {}, String(value)))));
-  for (const id of ["drawn", "synthetic", "drawn-caption"]) byId(id).hidden = false;
 }
 
 function showError(error) {

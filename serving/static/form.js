@@ -66,6 +66,12 @@ export function buildSizes(select, { limits, defaults }) {
   }
 }
 
+export function buildCount(select, { limits }) {
+  for (let count = 1; count <= limits.max_images; count += 1) {
+    select.append(element("option", { value: count }, String(count)));
+  }
+}
+
 export function tieSlider(range, number) {
   range.addEventListener("input", () => { number.value = range.value; });
   number.addEventListener("input", () => { range.value = number.value; });

@@ -3,6 +3,7 @@
 import { modelCard } from "./api.js";
 import { byId, element } from "./dom.js";
 import { startDrawing } from "./draw.js";
+import { forgetKey, showKey } from "./key.js";
 import { startPhoto } from "./photo.js";
 
 const PARTS = {
@@ -34,6 +35,12 @@ function describe(card) {
   if (parity.length) byId("about-content").append(list("How close to the original model", parity));
 }
 
+showKey();
+byId("key-forget").addEventListener("click", () => {
+  forgetKey();
+  // What the page shows belongs to who had the key.
+  location.reload();
+});
 try {
   const card = await modelCard();
   const assess = card.classifier === null ? null : startPhoto(card);

@@ -1,6 +1,6 @@
 // Second panel: a photograph in; probability, threshold, abstention band and decision out.
 
-import { ApiError, classify } from "./api.js";
+import { ApiError, bytes, classify } from "./api.js";
 import { byId, element } from "./dom.js";
 
 const WORDS = { benign: "Benign", malignant: "Malignant", abstain: "No decision" };
@@ -8,6 +8,7 @@ const WORDS = { benign: "Benign", malignant: "Malignant", abstain: "No decision"
 let asked = null;
 let address = null;
 let largest = Infinity;
+let current = null;
 
 // Returns the function that classifies a picture which the page drew itself.
 export function startPhoto(card) {
@@ -19,6 +20,9 @@ export function startPhoto(card) {
     target.value = "";
   });
   byId("clear").addEventListener("click", clear);
+  byId("saliency").addEventListener("change", () => {
+    if (current) take(current.picture, current.synthetic);
+  });
   document.addEventListener("paste", (event) => {
     const picture = [...event.clipboardData.files].find((file) => file.type.startsWith("image/"));
     if (picture) take(picture);
@@ -42,6 +46,7 @@ export function startPhoto(card) {
 async function take(picture, synthetic = false) {
   if (!picture) return;
   clear();
+  current = { picture, synthetic };
   asked = new AbortController();
   const { signal } = asked;
   address = URL.createObjectURL(picture);
@@ -57,7 +62,9 @@ async function take(picture, synthetic = false) {
     if (picture.size > largest) {
       throw new ApiError({ message: `The file has ${picture.size} bytes; the service takes ${largest}.` });
     }
-    show(await classify(picture, signal));
+    const answer = await classify(picture, byId("saliency").checked, signal);
+    show(answer);
+    await showMap(answer.saliency);
   } catch (error) {
     if (error.name === "AbortError") return;
     byId("answer-empty").textContent = "There is no answer for this file.";
@@ -72,7 +79,7 @@ function show({ probability, threshold, abstain: [low, high], decision, accepted
   const answer = byId("answer");
   answer.dataset.state = "full";
   answer.dataset.decision = decision;
-  const p = probability > 0.9995 ? "above 0.999" : probability < 0.0005 ? "below 0.001" : probability.toFixed(3);
+  const p = probability === null ? "" : probability > 0.9995 ? "above 0.999" : probability < 0.0005 ? "below 0.001" : probability.toFixed(3);
   const because = {
     benign: `The calibrated probability of malignant is ${p}, below the threshold of ${threshold}.`,
     malignant: `The calibrated probability of malignant is ${p}, at or above the threshold of ${threshold}.`,
@@ -85,7 +92,7 @@ function show({ probability, threshold, abstain: [low, high], decision, accepted
   byId("reasons").hidden = accepted;
   byId("reasons").replaceChildren(...reasons.map(({ text }) => element("li", { textContent: text })));
   const scale = byId("scale");
-  for (const [name, value] of Object.entries({ probability, threshold, low, high })) {
+  for (const [name, value] of Object.entries({ probability: probability ?? 0, threshold, low, high })) {
     scale.style.setProperty(`--${name}`, value);
   }
   const banded = high > low;
@@ -102,11 +109,40 @@ function show({ probability, threshold, abstain: [low, high], decision, accepted
   byId("classify-status").textContent = `Decision: ${WORDS[decision]}. ${spoken}`;
 }
 
+// Where the model looked, as a layer over the picture: the map's grey becomes strength of colour,
+// from the least looked at to the most, for attention leaves no part quite alone.
+async function showMap(file) {
+  const canvas = byId("saliency-map");
+  canvas.hidden = !file;
+  if (!file) return;
+  const { signal } = asked;
+  const map = await createImageBitmap(new Blob([bytes(file)], { type: "image/png" }));
+  if (signal.aborted) return;
+  canvas.width = map.width;
+  canvas.height = map.height;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(map, 0, 0);
+  const layer = context.getImageData(0, 0, map.width, map.height);
+  let [least, most] = [255, 0];
+  for (let place = 0; place < layer.data.length; place += 4) {
+    if (!layer.data[place + 3]) continue;
+    least = Math.min(least, layer.data[place]);
+    most = Math.max(most, layer.data[place]);
+  }
+  for (let place = 0; place < layer.data.length; place += 4) {
+    const strength = (layer.data[place] - least) / Math.max(1, most - least);
+    // Blue: no skin and no lesion is.
+    layer.data.set([0, 96, 255, 0.75 * strength * layer.data[place + 3]], place);
+  }
+  context.putImageData(layer, 0, 0);
+}
+
 function clear() {
+  current = null;
   asked?.abort();
   if (address) URL.revokeObjectURL(address);
   address = null;
-  for (const id of ["preview", "preview-synthetic", "clear", "answer-full", "classify-error"]) byId(id).hidden = true;
+  for (const id of ["preview", "preview-synthetic", "saliency-map", "clear", "answer-full", "classify-error"]) byId(id).hidden = true;
   byId("preview").removeAttribute("src");
   byId("drop-text").hidden = byId("answer-empty").hidden = false;
   byId("drop").dataset.full = "false";

@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from dermaflux.images import read_marks
+from serving.keys import line, made
 from tests.serving.live import Live, picture, running, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -53,7 +54,10 @@ def page(browser: Browser, live: Live) -> Iterator[Page]:
 class opened:
     """An open page that fails the test on complaints, and on requests to anybody else."""
 
-    def __init__(self, browser: Browser, live: Live, **options: object) -> None:
+    def __init__(
+        self, browser: Browser, live: Live, *, ready: bool = True, **options: object
+    ) -> None:
+        self.ready = ready
         self.page = browser.new_page(**options)  # type: ignore[arg-type]
         self.complaints: list[str] = []
         self.live = live
@@ -63,7 +67,8 @@ class opened:
 
     def __enter__(self) -> Page:
         self.page.goto(self.live.url)
-        self.page.wait_for_selector("html[data-ready]")
+        if self.ready:
+            self.page.wait_for_selector("html[data-ready]")
         return self.page
 
     def __exit__(self, *_: object) -> None:
@@ -142,7 +147,20 @@ def test_repeat_gives_the_same_image_and_new_seed_another(page: Page) -> None:
     assert drawn(page) != first
 
 
-def test_keyboard_is_enough_for_free_text(page: Page) -> None:
+def test_keyboard_is_enough_for_free_text(browser: Browser) -> None:
+    with (
+        running(anonymous_roles=("generate", "classify", "free-text")) as live,
+        opened(browser, live) as page,
+    ):
+        write_by_keyboard(page)
+
+
+def test_free_text_is_offered_to_those_who_may_use_it(page: Page) -> None:
+    expect(page.locator("#mode")).to_be_hidden()
+    expect(page.locator("#attributes")).to_be_visible()
+
+
+def write_by_keyboard(page: Page) -> None:
     page.locator("input[value=attributes]").focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Tab")
@@ -158,16 +176,16 @@ def test_keyboard_is_enough_for_free_text(page: Page) -> None:
     assert read_marks(drawn(page))["dermaflux.prompt"] == "a benign lesion"
 
 
-def test_progress_is_shown_and_cancel_stops(page: Page, live: Live) -> None:
+def test_progress_is_shown_and_stop_stops(page: Page, live: Live) -> None:
     page.fill("#steps", "50")
     with live.brake.closed():
         page.get_by_role("button", name="Generate").click()
-        cancel = page.get_by_role("button", name="Cancel")
-        expect(cancel).to_be_visible()
+        stop = page.get_by_role("button", name="Stop")
+        expect(stop).to_be_visible()
         live.brake.wait_for(1)
-        cancel.click()
-        expect(page.locator("#draw-status")).to_have_text("Cancelled.")
-        expect(cancel).to_be_hidden()
+        stop.click()
+        expect(page.locator("#draw-status")).to_have_text("Stopped.")
+        expect(stop).to_be_hidden()
         until(lambda: live.count("dermaflux_generations_total", outcome="cancelled") == 1)
     assert live.brake.steps <= 2
 
@@ -181,6 +199,100 @@ def test_steps_are_told_on_the_way(page: Page, live: Live) -> None:
     page.get_by_role("button", name="Generate").click()
     drawn(page)
     assert page.evaluate("told").count("Step 4 of 4") == 1
+
+
+def test_several_images_are_shown_one_large_and_all_small(page: Page) -> None:
+    page.select_option("#count", "3")
+    page.fill("#seed", "70")
+    page.get_by_role("button", name="Generate").click()
+    first = drawn(page)
+    assert read_marks(first)["dermaflux.seed"] == "70"
+    small = page.get_by_role("group", name="Images").get_by_role("button")
+    expect(small).to_have_count(3)
+    expect(page.locator("#strip img")).to_have_count(3)
+    expect(page.locator("#draw-status")).to_have_text("3 images are there. Seeds 70, 71, 72.")
+    third = page.get_by_role("button", name="Image 3 of 3")
+    third.click()
+    expect(third).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#drawn-facts")).to_contain_text("72")
+    assert read_marks(drawn(page))["dermaflux.seed"] == "72"
+    # Repeating is of the one that is shown.
+    page.get_by_role("button", name="Repeat this seed").click()
+    expect(page.locator("#strip")).to_be_hidden()
+    expect(page.locator("#draw-status")).to_have_text("The image is there. Seed 72.")
+
+
+def test_unfinished_images_are_shown_on_the_way_and_go(page: Page, live: Live) -> None:
+    page.fill("#steps", "40")
+    page.select_option("#count", "2")
+    with live.brake.closed():
+        page.get_by_role("button", name="Generate").click()
+        live.brake.wait_for(1)
+        expect(page.locator("#unfinished")).to_be_hidden()
+        # A few steps at a time: a stream whose reader falls behind leaves previews out.
+        until(lambda: let_one_step_pass(live) and page.locator("#unfinished").is_visible())
+        expect(page.get_by_text("Synthetic image, unfinished")).to_be_visible()
+    drawn(page)
+    expect(page.locator("#unfinished")).to_be_hidden()
+    expect(page.get_by_text("Synthetic image, unfinished")).to_be_hidden()
+
+
+def let_one_step_pass(live: Live) -> bool:
+    steps = live.brake.steps
+    live.brake.open.set()
+    until(lambda: live.brake.steps > steps)
+    live.brake.open.clear()
+    return True
+
+
+def test_place_in_the_queue_is_told(browser: Browser) -> None:
+    ask = {"lesion": {"label": "benign"}}
+    with (
+        running(batch=1) as live,
+        ThreadPoolExecutor(2) as pool,
+        live.brake.closed(),
+        opened(browser, live) as page,
+    ):
+        before = [pool.submit(live.client.post, "/v1/generate", json=ask)]
+        live.brake.wait_for(1)
+        before.append(pool.submit(live.client.post, "/v1/generate", json=ask))
+        until(lambda: live.count("dermaflux_images_waiting") == 1)
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#progress-text")).to_have_text("Waiting: 2 before this one")
+        live.brake.open.set()
+        drawn(page)
+        assert [reply.result().status_code for reply in before] == [200, 200]
+
+
+def test_service_with_keys_asks_for_one(browser: Browser, tmp_path: Path) -> None:
+    key, entry = made("page", ["generate", "classify", "free-text"])
+    keys = tmp_path / "keys.jsonl"
+    keys.write_text(line(entry))
+    keys.chmod(0o600)
+    with running(keys=keys) as live, opened(browser, live, ready=False) as page:
+        dialog = page.get_by_role("dialog", name="This service asks for a key")
+        expect(dialog).to_be_visible()
+        page.get_by_label("Key", exact=True).fill("dermaflux_wrong")
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("The key is not known")
+        page.get_by_label("Key", exact=True).fill(key)
+        page.get_by_role("button", name="Use it").click()
+        page.wait_for_selector("html[data-ready]")
+        expect(dialog).to_be_hidden()
+        expect(page.locator("#mode")).to_be_visible()
+        page.get_by_role("button", name="Generate").click()
+        drawn(page)
+        upload(page, picture(255))
+        expect(page.locator("#decision")).to_have_text("Malignant")
+        assert key not in page.content()
+        assert page.evaluate("localStorage.length") == 0
+        page.reload()
+        page.wait_for_selector("html[data-ready]")
+        page.get_by_role("button", name="Forget the key").click()
+        expect(dialog).to_be_visible()
+        assert page.evaluate("sessionStorage.length") == 0
+        page.get_by_role("button", name="Not now").click()
+        expect(page.locator("#load-error")).to_contain_text("Send a key")
 
 
 def test_wrong_field_is_named_marked_and_focused(page: Page) -> None:
@@ -198,7 +310,7 @@ def test_busy_service_is_told_in_words(browser: Browser) -> None:
         live.brake.closed(),
         opened(browser, live) as page,
     ):
-        pool.submit(live.client.post, "/v1/generate", json={"prompt": "benign"})
+        pool.submit(live.client.post, "/v1/generate", json={"lesion": {"label": "benign"}})
         live.brake.wait_for(1)
         page.get_by_role("button", name="Generate").click()
         expect(page.locator("#draw-error")).to_contain_text("come back in about")
@@ -227,6 +339,32 @@ def test_photograph_is_judged_in_words_and_on_a_scale(page: Page) -> None:
     upload(page, picture(124))
     expect(page.locator("#decision")).to_have_text("No decision")
     expect(page.locator("#classify-status")).to_contain_text("Decision: No decision")
+
+
+def test_map_of_where_the_model_looks_is_laid_over_the_picture(page: Page) -> None:
+    upload(page, picture(255, size=(200, 100)))
+    expect(page.locator("#decision")).to_have_text("Malignant")
+    expect(page.locator("#saliency-map")).to_be_hidden()
+    page.get_by_label("Show where the model looks").check()
+    map_ = page.get_by_role("img", name="Where the model looked")
+    expect(map_).to_be_visible()
+    preview, layer = page.locator("#preview").bounding_box(), map_.bounding_box()
+    assert preview is not None
+    assert layer is not None
+    assert layer == pytest.approx(preview, abs=1)
+    # Of an oblong picture the middle square was looked at; the fake looks most at the lower right.
+    alpha = page.evaluate(
+        """() => {
+            const canvas = document.querySelector("#saliency-map");
+            const at = (x, y) => canvas.getContext("2d").getImageData(x, y, 1, 1).data[3];
+            return [canvas.width, canvas.height, at(20, 50), at(60, 5), at(140, 95)];
+        }"""
+    )
+    assert alpha[:4] == [200, 100, 0, 0]
+    assert alpha[4] > 150
+    page.get_by_label("Show where the model looks").uncheck()
+    expect(map_).to_be_hidden()
+    expect(page.locator("#decision")).to_have_text("Malignant")
 
 
 def test_file_that_is_no_photograph_is_told_in_words(page: Page) -> None:

@@ -27,6 +27,7 @@ from serving.card import ModelCard
 from serving.classify import Classifying, not_available
 from serving.drawing import Drawing
 from serving.generate import Generation
+from serving.gpu import Gpus
 from serving.keyring import Role
 from serving.logs import AccessLog
 from serving.metrics import Metrics
@@ -103,6 +104,7 @@ def create_app(
     openai = OpenAIImages(generation, card, settings, (2 * pipeline.model.scale) ** 2)
     classifying = Classifying(scores, card.classifier, card.bundle, metrics, settings)
     openapi = document(card)
+    gpus = Gpus()
 
     async def send_document(_: Request) -> Response:
         return JSONResponse(openapi)
@@ -118,7 +120,7 @@ def create_app(
         return JSONResponse(told, headers={"Cache-Control": "no-store"})
 
     async def send_metrics(_: Request) -> Response:
-        text, kind = exposition(registry)
+        text, kind = exposition(registry, now=[gpus])
         return Response(text, headers={"Content-Type": kind, "Cache-Control": "no-store"})
 
     async def send_readiness(_: Request) -> Response:

@@ -44,7 +44,7 @@ TALKATIVE: Final = ("PIL", "asyncio", "httpcore", "httpx", "multipart", "python_
 """Tell what they parse where a debug level is set for all (`BENTOML_DEBUG`)."""
 MAX_PLACES: Final = 30
 """Of one exception; what runs into itself has a thousand."""
-QUIET_ROUTES: Final = frozenset({"/readyz", "/metrics"})
+QUIET_ROUTES: Final = frozenset({"/readyz", "/metrics", "starting"})
 """Asked every few seconds by machines."""
 
 _asked: ContextVar[str | None] = ContextVar("asked", default=None)

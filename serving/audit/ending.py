@@ -38,13 +38,14 @@ _HEAD_BYTES: Final = 256
 
 @dataclass(frozen=True)
 class End:
-    """The last line: its number and hash; (0, ZERO) where there is none. `size` in bytes is where
-    the whole lines of the file end, `torn` what stands behind."""
+    """The last line: its number, hash and time; (0, ZERO) where there is none. `size` in bytes is
+    where the whole lines of the file end, `torn` what stands behind."""
 
     n: int
     hash: str
     size: int
     torn: bytes = b""
+    time: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def last_line(path: Path, secrets: Secrets) -> End:
             f"python -m serving.audit verify {path.parent} --key KEY; then take the key from the "
             f"backup, or keep the files elsewhere and begin a new log in an empty folder"
         )
-    return End(int(found[2]), line_hash(line), start + whole, torn)
+    return End(int(found[2]), line_hash(line), start + whole, torn, found[4].decode())
 
 
 def put_aside(folder: Path, path: Path, end: End) -> None:

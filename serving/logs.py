@@ -44,6 +44,8 @@ TALKATIVE: Final = ("PIL", "asyncio", "httpcore", "httpx", "multipart", "python_
 """Tell what they parse where a debug level is set for all (`BENTOML_DEBUG`)."""
 MAX_PLACES: Final = 30
 """Of one exception; what runs into itself has a thousand."""
+MAX_CAUSES: Final = 8
+"""One behind the other; they may go round in a circle."""
 QUIET_ROUTES: Final = frozenset({"/readyz", "/metrics", "starting"})
 """Asked every few seconds by machines."""
 
@@ -115,7 +117,7 @@ class AccessLog:
 
     def _tell(self, request: Request, status: int, seconds: float) -> None:
         state = request.state
-        route = getattr(state, "route", "other")
+        route = getattr(state, "route", "/static" if status == 200 else "other")
         if route in QUIET_ROUTES and status in (200, 503):
             return
         method = request.method if request.method in METHODS else "other"
@@ -167,14 +169,14 @@ class _Text(logging.Formatter):
         )
 
 
-def _outlined(error: BaseException) -> Iterator[str]:
+def _outlined(error: BaseException, depth: int = 0) -> Iterator[str]:
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if before is not None:
-        yield from _outlined(before)
+    if before is not None and depth < MAX_CAUSES:
+        yield from _outlined(before, depth + 1)
         yield "which led to"
     if isinstance(error, BaseExceptionGroup):
-        for one in error.exceptions:
-            yield from _outlined(one)
+        for one in error.exceptions if depth < MAX_CAUSES else ():
+            yield from _outlined(one, depth + 1)
         yield "in"
     places = []
     place: TracebackType | None = error.__traceback__

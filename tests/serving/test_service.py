@@ -6,17 +6,18 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -38,12 +39,14 @@ begin = time.monotonic()
 from serving.service import DermaFlux
 from starlette.testclient import TestClient
 with TestClient(DermaFlux.to_asgi()) as client:
-    while client.get("/readyz").status_code == 503:
-        assert client.get("/v1/model").json()["golden"]["result"] in ("pending", "passed")
+    while (reply := client.get("/readyz")).status_code == 503:
+        assert "loaded" in reply.json()["error"]["message"], reply.text
         time.sleep(0.01)
-    assert client.get("/readyz").status_code == 200
+    assert reply.status_code == 200
     print("ready", time.monotonic() - begin)
-    assert client.post("/v1/generate", json={"prompt": "a lesion", "steps": 1}).status_code == 200
+    assert client.get("/v1/model").json()["golden"]["result"] == "passed"
+    wanted = {"lesion": {"label": "benign"}, "steps": 1}
+    assert client.post("/v1/generate", json=wanted).status_code == 200
     image = open(sys.argv[1], "rb").read()
     reply = client.post("/v1/classify", content=image, headers={"content-type": "image/png"})
     assert reply.status_code == 200
@@ -57,9 +60,10 @@ import json, time
 from serving.service import DermaFlux
 from starlette.testclient import TestClient
 with TestClient(DermaFlux.to_asgi()) as client:
-    while client.get("/v1/model").json()["golden"]["result"] == "pending":
+    while "loaded" in client.get("/readyz").text:
         time.sleep(0.01)
-    replies = [client.get("/readyz"), client.post("/v1/generate", json={"prompt": "x"})]
+    wanted = {"lesion": {"label": "benign"}, "steps": 1}
+    replies = [client.get("/readyz"), client.post("/v1/generate", json=wanted)]
     golden = client.get("/v1/model").json()["golden"]["result"]
     alive = client.get("/livez").status_code
     print(json.dumps([[r.status_code for r in replies], golden, alive, replies[0].text]))
@@ -170,6 +174,21 @@ def test_bundle_that_does_not_fit_is_refused_before_workers_start(
     assert "has 50 MB free of 1.0 GB" in words
 
 
+def test_processes_that_would_send_pickles_over_tcp_are_refused(
+    right: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BENTOML_NO_UDS", "1")
+    words = checked(right.path, monkeypatch)
+    assert words is not None
+    assert "carries pickles" in words
+    assert words.endswith("BENTOML_NO_UDS is set; unset it")
+    monkeypatch.delenv("BENTOML_NO_UDS")
+    monkeypatch.setattr("platform.release", lambda: "5.15.90.1-microsoft-standard-WSL2")
+    words = checked(right.path, monkeypatch)
+    assert words is not None
+    assert "run the service on Linux" in words
+
+
 @pytest.mark.parametrize(
     "name", ["tokenizer/tokenizer.json", "golden.png", "transformer/model.onnx"]
 )
@@ -259,42 +278,33 @@ def bento(right: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_built_bento_serves_from_another_folder(bento: Path, right: Bundle, tmp_path: Path) -> None:
-    with served(bento, tmp_path) as (client, log):
-        card = client.get("/v1/model").json()
-        assert card["bundle"] == right.id
-        assert card["golden"]["result"] == "passed"
-        image = client.post("/v1/generate", json={"lesion": {"label": "benign"}})
-        assert image.headers["content-type"] == "image/png"
-        form = {"image": ("drawn.png", image.content, "image/png")}
-        assert client.post("/v1/classify", files=form).json()["bundle"] == right.id
-        assert "DermaFlux" in client.get("/").text
-        for number in range(20):
-            reply = client.get(f"/scan/{number}.php")
-            assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
-        assert client.post("/livez").json()["error"]["code"] == "method_not_allowed"
-        for path in ("/livez", "/healthz", "/readyz"):
-            assert client.get(path).status_code == 200
-        metrics = client.get("/metrics").text
-        assert 'dermaflux_generations_total{outcome="done"} 1.0' in metrics
-        assert 'bentoml_service_request_total{endpoint="/v1/classify"' in metrics
-        assert "/scan/" not in metrics
-        source = re.search(r"(\S+) \(\w+\) loaded in [\d.]+ s", log.read_text())
-        assert source is not None
-        assert Path(source[1]).is_relative_to(bento)
-    assert "Traceback" not in log.read_text()
+@dataclass(frozen=True)
+class Served:
+    """A Bento that is served: a client, its address, the first process, and the file of its log."""
+
+    client: httpx.Client
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def classify(self) -> httpx.Response:
+        kind = {"content-type": "image/png"}
+        return self.client.post("/v1/classify", content=picture(200), headers=kind)
+
+    def generate(self) -> httpx.Response:
+        return self.client.post("/v1/generate", json={"lesion": {"label": "benign"}})
 
 
-@contextmanager
-def served(home: Path, folder: Path) -> Iterator[tuple[httpx.Client, Path]]:
-    """The Bento of `home`, served from `folder`: a client, and the file of its log."""
-    port = free_port()
+@pytest.fixture(scope="module")
+def served(bento: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The Bento, served from another folder than it was built in."""
+    port, folder = free_port(), tmp_path_factory.mktemp("elsewhere")
     log = folder / "log.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(
             [*BENTOML, "serve", "dermaflux:latest", "--host", "127.0.0.1", "--port", str(port)],
             cwd=folder,
-            env=environment(home),
+            env=environment(bento),
             stdout=stream,
             stderr=stream,
         )
@@ -303,10 +313,114 @@ def served(home: Path, folder: Path) -> Iterator[tuple[httpx.Client, Path]]:
         with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
             until(lambda: process.poll() is not None or ready(client), seconds=180)
             assert process.poll() is None, log.read_text()
-            yield client, log
+            yield Served(client, port, process, log)
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         assert process.wait(30) == 0
+
+
+def test_built_bento_serves_from_another_folder(bento: Path, right: Bundle, served: Served) -> None:
+    client = served.client
+    card = client.get("/v1/model").json()
+    assert card["bundle"] == right.id
+    assert card["golden"]["result"] == "passed"
+    image = served.generate()
+    assert image.headers["content-type"] == "image/png"
+    form = {"image": ("drawn.png", image.content, "image/png")}
+    assert client.post("/v1/classify", files=form).json()["bundle"] == right.id
+    assert "DermaFlux" in client.get("/").text
+    for number in range(20):
+        reply = client.get(f"/scan/{number}.php")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+    # The classifier's own routes are on its socket alone.
+    assert client.post("/score", content=b"[]").status_code == 404
+    assert client.post("/livez").json()["error"]["code"] == "method_not_allowed"
+    for path in ("/livez", "/healthz", "/readyz"):
+        assert client.get(path).status_code == 200
+    metrics = client.get("/metrics").text
+    assert 'dermaflux_generations_total{outcome="done"} 1.0' in metrics
+    assert 'bentoml_service_request_total{endpoint="/v1/classify"' in metrics
+    assert "/scan/" not in metrics
+    source = re.search(r"(\S+) \(\w+\) loaded in [\d.]+ s", served.log.read_text())
+    assert source is not None
+    assert Path(source[1]).is_relative_to(bento)
+    assert "Traceback" not in served.log.read_text()
+
+
+def test_many_callers_at_once_each_get_their_own_answer(served: Served) -> None:
+    """More photographs than one batch, a fifth of them no pictures, and none of them lost."""
+    reds = [number % 250 for number in range(300)]
+
+    def ask(red: int) -> tuple[int, int, float | None]:
+        data = picture(red) if red % 5 else b"no picture"
+        kind = {"content-type": "image/png"}
+        for _ in range(100):
+            reply = served.client.post("/v1/classify", content=data, headers=kind)
+            if reply.status_code != 429:
+                break
+        return red, reply.status_code, reply.json().get("probability")
+
+    with ThreadPoolExecutor(50) as pool:
+        found = list(pool.map(ask, reds))
+    assert [status for red, status, _ in found] == [200 if red % 5 else 400 for red in reds]
+    alone = dict.fromkeys(red for red in reds if red % 5)
+    for red in list(alone)[:20]:
+        alone[red] = ask(red)[2]
+        assert {told for other, _, told in found if other == red} == {alone[red]}
+    sizes = re.findall(
+        r"adaptive_batch_size_(?:count|sum)\{.*\} ([\d.]+)", served.client.get("/metrics").text
+    )
+    assert float(sizes[0]) != float(sizes[1]), "no batch had more than one photograph"
+
+
+def test_generation_goes_on_when_the_process_of_the_classifier_dies(served: Served) -> None:
+    (scorer,) = [
+        child
+        for child in psutil.Process(served.process.pid).children()
+        if "dermaflux_scorer" in child.cmdline()
+    ]
+    scorer.kill()
+    until(lambda: served.client.get("/readyz").status_code == 503)
+    reply = served.classify()
+    told = reply.json()["error"]
+    assert (reply.status_code, told["code"]) == (503, "not_ready")
+    assert "being started again" in told["message"]
+    assert int(reply.headers["retry-after"]) >= 1
+    assert served.generate().status_code == 200
+    assert served.client.get("/livez").status_code == 200
+    # BentoML looks every ten seconds.
+    until(lambda: served.client.get("/readyz").status_code == 200, seconds=60)
+    assert served.classify().status_code == 200
+
+
+def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(served: Served) -> None:
+    """The last test of this service: a photograph is on its way when the signal comes."""
+    data = picture(200)
+    head = (
+        "POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", served.port)) as slow:
+        slow.settimeout(60)
+        slow.sendall(head.encode() + data[:100])
+        # Answered over another connection, so the one above has been taken as well.
+        assert served.client.get("/readyz").status_code == 200
+        served.process.terminate()
+        until(lambda: served.client.get("/readyz").status_code == 503)
+        for reply in (served.client.get("/readyz"), served.classify(), served.generate()):
+            assert "about to end" in reply.json()["error"]["message"]
+            assert "retry-after" in reply.headers
+        assert served.client.get("/livez").status_code == 200
+        slow.sendall(data[100:])
+        answer = b""
+        while chunk := slow.recv(65_536):
+            answer += chunk
+            if answer.endswith(b"}"):
+                break
+    assert answer.startswith(b"HTTP/1.1 200"), answer
+    assert b'"decision"' in answer
+    assert served.process.wait(30) == 0
+    assert "Traceback" not in served.log.read_text()
 
 
 def ready(client: httpx.Client) -> bool:

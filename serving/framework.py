@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from typing import Any, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -24,7 +25,13 @@ from dermaflux.errors import DermaFluxError
 from serving import logs, tls
 from serving.settings import SettingError, Settings
 
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
 EXPORTER: Final = "opentelemetry.exporter.otlp.proto.http"
+TRACE_HEADERS: Final = (b"traceparent", b"tracestate")
+WHOLE: Final = "dermaflux.scope"
 
 
 class Configured(Service[Any]):  # type: ignore[misc]
@@ -47,6 +54,39 @@ class Configured(Service[Any]):  # type: ignore[misc]
         BentoMLContainer.config.set(config)
         if _started_by_bentoml():
             logs.configure(settings.log)
+
+    def to_asgi(self, is_main: bool = True) -> ASGIApp:
+        """BentoML's app, whose traces hold no query and no header of a caller."""
+        app: Starlette = super().to_asgi(is_main)
+        for middleware in app.user_middleware:
+            if getattr(middleware.cls, "__name__", "") == "OpenTelemetryMiddleware":
+                middleware.cls = discreet(middleware.cls)
+        return app
+
+
+def discreet(tracing: Callable[..., ASGIApp]) -> Callable[..., ASGIApp]:
+    """A tracing middleware that sees of a request its path, and of its headers whose trace it is.
+
+    The app behind it gets the request whole. Paths are those that the service knows
+    (`serving.service`), so they say nothing of a caller either.
+    """
+
+    def make(app: ASGIApp, *arguments: Any, **options: Any) -> ASGIApp:
+        async def inside(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope.get(WHOLE, scope), receive, send)
+
+        traced = tracing(inside, *arguments, **options)
+
+        async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                headers = [one for one in scope["headers"] if one[0] in TRACE_HEADERS]
+                less = {"query_string": b"", "headers": headers, "client": None, WHOLE: scope}
+                scope = {**scope, **less}
+            await traced(scope, receive, send)
+
+        return outside
+
+    return make
 
 
 def configuration(settings: Settings, ciphers: str | None) -> dict[str, Any]:

@@ -189,15 +189,15 @@ class Sender:
     async def _streamed(
         self, reply: aiohttp.ClientResponse, seen: _Seen, leaves_after: int | None
     ) -> str:
-        steps = images = 0
+        images = 0
         async for name, data in events(reply.content.iter_any()):
             if "error" in data:
                 return str(dict(data["error"]).get("code", "error"))
             images += name == "image"
             if name == "progress":
-                steps += 1
                 seen.first = seen.first or time.monotonic()
-                if steps == leaves_after:
+                # One who reads slowly is told of the newest step alone.
+                if leaves_after is not None and int(data.get("step", 0)) >= leaves_after:
                     reply.close()
                     return "left"
         return "" if images else "no_image"

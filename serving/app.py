@@ -33,11 +33,13 @@ from serving.logs import AccessLog
 from serving.metrics import Metrics
 from serving.openai_images import OpenAIImages
 from serving.openapi import document
+from serving.orders import Orders
 from serving.readiness import Readiness
 from serving.replies import Refusal, error_response
 from serving.scores import Scores
 from serving.scrape import exposition
 from serving.settings import Settings
+from serving.standing import Standing
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -60,6 +62,7 @@ ROUTES: Mapping[str, tuple[Literal["GET", "POST"], Whom]] = {
     "/v1/images/generations": ("POST", "generate"),
     "/v1/classify": ("POST", "classify"),
     "/v1/classify/batch": ("POST", "classify"),
+    "/v1/queue": ("GET", "known"),
     "/v1/model": ("GET", "known"),
     "/v1/models": ("GET", "known"),
     METRICS_PATH: ("GET", "admin"),
@@ -100,24 +103,19 @@ def create_app(
     """
     metrics = Metrics(registry)
     drawing = Drawing(pipeline, metrics, settings)
-    generation = Generation(pipeline, drawing, metrics, settings)
-    openai = OpenAIImages(generation, card, settings, (2 * pipeline.model.scale) ** 2)
+    orders = Orders(pipeline, drawing, metrics)
+    generation = Generation(pipeline, orders, settings)
+    openai = OpenAIImages(generation, orders, card, settings, (2 * pipeline.model.scale) ** 2)
     classifying = Classifying(scores, card.classifier, card.bundle, metrics, settings)
-    openapi = document(card)
+    standing = Standing(card, drawing, readiness)
+    whom = {path: who for path, (_, who) in ROUTES.items()}
+    if settings.metrics_open:
+        whom[METRICS_PATH] = "anybody"
+    openapi = document(card, whom, keyed=settings.keys is not None or bool(settings.keys_inline))
     gpus = Gpus()
 
     async def send_document(_: Request) -> Response:
         return JSONResponse(openapi)
-
-    async def send_card(request: Request) -> Response:
-        told = card.model_copy(update={"golden": readiness.golden}).model_dump()
-        caller = caller_of(request)
-        told["roles"] = sorted(caller.roles)
-        if not caller.may("admin"):
-            # Which drivers a machine lacks helps its operator, and whoever looks for a way in.
-            for engine in told["engines"]:
-                engine["rejected"] = []
-        return JSONResponse(told, headers={"Cache-Control": "no-store"})
 
     async def send_metrics(_: Request) -> Response:
         text, kind = exposition(registry, now=[gpus])
@@ -142,18 +140,16 @@ def create_app(
 
     def close() -> None:
         drawing.close()
-        generation.close()
+        orders.close()
 
     # Bounds the memory of bodies being read, before any queue is asked.
     door = asyncio.Semaphore(settings.open_requests)
 
     def route(path: str, endpoint: Endpoint) -> Route:
-        method, whom = ROUTES[path]
-        if path == METRICS_PATH and settings.metrics_open:
-            whom = "anybody"
+        method, _ = ROUTES[path]
         # Only bodies take memory: the page and the card answer however crowded it is.
         guarded = _through(door, readiness, endpoint) if method == "POST" else endpoint
-        return Route(path, _answering(path, _for(whom, guarded), metrics), methods=[method])
+        return Route(path, _answering(path, _for(whom[path], guarded), metrics), methods=[method])
 
     endpoints: Mapping[str, Endpoint] = {
         "/v1/generate": generation.image,
@@ -161,7 +157,8 @@ def create_app(
         "/v1/classify": classifying.photograph,
         "/v1/classify/batch": classifying.batch,
         "/v1/images/generations": openai.images,
-        "/v1/model": send_card,
+        "/v1/queue": standing.queue,
+        "/v1/model": standing.model,
         "/v1/models": openai.models,
         METRICS_PATH: send_metrics,
         READY_PATH: send_readiness,

@@ -15,8 +15,10 @@ from pydantic import BaseModel, Field
 from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from dermaflux.engines import Choice
 from dermaflux.prompt import DIAGNOSES, VOCABULARY
-from serving.schema import MAX_PREVIEWS, MAX_RATIO, MIN_SIDE
+from serving.keyring import Role
+from serving.schema import MAX_RATIO, MIN_SIDE
 from serving.settings import Settings
+from serving.wishes import MAX_PREVIEWS
 
 NOTICE = (
     "Research use only; not a medical device. Generated images are synthetic, show no person, "
@@ -96,6 +98,34 @@ class ClassifierCard(BaseModel):
     input_size: tuple[int, int, int]
 
 
+class QueueCard(BaseModel):
+    """The generator's queue now; a request for n images counts n."""
+
+    waiting: int
+    running: int
+    limit: int = Field(description="Images that are drawn together at most.")
+    rates: dict[str, float] = Field(
+        description="Steps of one image a second by batch, as measured at start; empty before, "
+        "and where the limit was set by the operator."
+    )
+    usual_seconds: float = Field(
+        description="What an image of default size and steps takes, as measured lately."
+    )
+    backlog_seconds: float = Field(description="What all that is here takes.")
+    draining: bool = Field(description="Nothing more is taken: the service is stopping.")
+    mine: list[int] = Field(
+        description="For each image of the caller that is not done, how many are before it; 0: it "
+        "is being drawn."
+    )
+
+
+class BatchCard(BaseModel):
+    """What drawing together gains here, as measured at start."""
+
+    limit: int
+    rates: dict[str, float] = Field(description="Steps of one image a second by batch.")
+
+
 class ModelCard(BaseModel):
     """All that the service says of itself."""
 
@@ -119,6 +149,9 @@ class ModelCard(BaseModel):
     golden: GoldenCard
     parity: dict[str, Any]
     classifier: ClassifierCard | None
+    batch: BatchCard | None = Field(default=None, description="Null until it was measured.")
+    caller: str | None = Field(default=None, description="Who asked: the id of the key, if any.")
+    roles: list[Role] = Field(default=[], description="What who asked may do.")
 
 
 def card_of(

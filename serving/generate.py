@@ -7,33 +7,29 @@ a right (`free-text`), so that nothing personal and nothing unforeseen gets into
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
-from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from dermaflux.decode import Pixels
-from dermaflux.errors import Cancelled, EngineError, RequestError
+from dermaflux.errors import EngineError, RequestError
 from dermaflux.flow import MAX_SEED
-from dermaflux.images import Form
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import Lesion, caption, parse
 from dermaflux.request import Request as Wanted
 from serving.access import caller_of
 from serving.body import Model, read_json
-from serving.drawing import Drawing
-from serving.metrics import Metrics
-from serving.pictures import Picture, preview, reply, written
+from serving.orders import Orders, as_base64
+from serving.pictures import Picture, reply
 from serving.replies import Refusal, error_reply
-from serving.schema import (
+from serving.settings import Settings
+from serving.stream import STILL_HERE, EventStream, Inbox, event
+from serving.ticket import Position, Step, Ticket
+from serving.wishes import (
     GenerateRequest,
     StreamImage,
     StreamPosition,
@@ -41,39 +37,31 @@ from serving.schema import (
     StreamRequest,
     StreamStart,
 )
-from serving.settings import Settings
-from serving.stream import STILL_HERE, EventStream, Inbox, event, told
-from serving.ticket import News, Position, Step, Ticket
 
 logger = logging.getLogger(__name__)
 
-WRITERS = 2
-"""Threads that write files; a large WebP takes half a second, which the drawing need not wait."""
-
 
 class Generation:
-    """The two routes over one pipeline and its queue."""
+    """The two routes over one pipeline and the orders of its images."""
 
-    def __init__(
-        self, pipeline: Pipeline, drawing: Drawing, metrics: Metrics, settings: Settings
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, orders: Orders, settings: Settings) -> None:
         self._pipeline = pipeline
-        self._drawing = drawing
-        self._metrics = metrics
+        self._orders = orders
         self._settings = settings
-        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
 
     async def image(self, request: Request) -> Response:
         """One image as a file; several as a zip or as `multipart/mixed`."""
         body = await self.read(request, GenerateRequest)
-        pictures = await self.drawn(request, self.wanted(request, body), body.format, body.quality)
+        pictures = await self._orders.drawn(
+            request, self.wanted(request, body), body.format, body.quality
+        )
         return reply(pictures, request.headers.get("accept", ""))
 
     async def stream(self, request: Request) -> Response:
         """Server-sent events: `queued`, `position`, `progress`, then `image`s or `error`."""
         body = await self.read(request, StreamRequest)
         wanted = self.wanted(request, body)
-        ticket, inbox = self.begun(request, wanted, body.previews)
+        ticket, inbox = self._orders.begun(request, wanted, body.previews)
         return EventStream(self._events(request, body, wanted, ticket, inbox), ticket.stop)
 
     async def read(self, request: Request, model: type[Model]) -> Model:
@@ -106,68 +94,6 @@ class Generation:
         seeds = [(first.seed + number) % (MAX_SEED + 1) for number in range(body.n)]
         return [replace(first, seed=seed) for seed in seeds]
 
-    def begun(
-        self, request: Request, wanted: Sequence[Wanted], previews: int
-    ) -> tuple[Ticket, Inbox]:
-        """A ticket whose news will be followed."""
-        inbox = Inbox()
-        caller = caller_of(request).lane
-        return self._drawing.submit(
-            wanted, caller, previews=previews, on_news=inbox.hand_over
-        ), inbox
-
-    async def drawn(
-        self, request: Request, wanted: Sequence[Wanted], form: Form, quality: int | None
-    ) -> list[Picture]:
-        """The finished files in order, or `Cancelled` as soon as the client is gone."""
-        ticket = self._drawing.submit(wanted, caller_of(request).lane)
-        gone = asyncio.ensure_future(_gone(request))
-        images = asyncio.ensure_future(ticket.images())
-        try:
-            await asyncio.wait({gone, images}, return_when=asyncio.FIRST_COMPLETED)
-            if not images.done():
-                raise Cancelled("the client has left")
-            pixels = images.result()
-        finally:
-            ticket.stop()
-            gone.cancel()
-            images.cancel()
-        pairs = zip(pixels, wanted, strict=True)
-        return [await self._written(one, of, form, quality) for one, of in pairs]
-
-    def close(self) -> None:
-        """Writes nothing more."""
-        self._writers.shutdown(wait=False, cancel_futures=True)
-
-    async def followed(
-        self,
-        ticket: Ticket,
-        inbox: Inbox,
-        wanted: Sequence[Wanted],
-        form: Form,
-        quality: int | None,
-    ) -> AsyncGenerator[News | Picture | None, None]:
-        """A ticket's news, then its pictures in order; None in a silence.
-
-        Raises:
-            Exception: what the ticket ended with.
-        """
-        images = asyncio.ensure_future(ticket.images())
-        # The thread hands over its last step before its outcome, so this end comes after all steps.
-        images.add_done_callback(lambda _: inbox.close())
-        try:
-            async for news in told(inbox):
-                yield news
-            for pixels, one in zip(images.result(), wanted, strict=True):
-                yield await self._written(pixels, one, form, quality)
-        finally:
-            images.cancel()
-
-    async def shown(self, pixels: Pixels) -> str:
-        """A preview as base64 of a small JPEG."""
-        loop = asyncio.get_running_loop()
-        return as_base64(await loop.run_in_executor(self._writers, preview, pixels))
-
     async def _events(
         self,
         request: Request,
@@ -180,7 +106,7 @@ class Generation:
         yield event("queued", start)
         number = itertools.count()
         try:
-            all_news = self.followed(ticket, inbox, wanted, body.format, body.quality)
+            all_news = self._orders.followed(ticket, inbox, wanted, body.format, body.quality)
             async with aclosing(all_news):
                 async for news in all_news:
                     match news:
@@ -189,7 +115,11 @@ class Generation:
                         case Position():
                             yield event("position", StreamPosition(ahead=news.ahead))
                         case Step():
-                            seen = None if news.preview is None else await self.shown(news.preview)
+                            seen = (
+                                None
+                                if news.preview is None
+                                else await self._orders.shown(news.preview)
+                            )
                             step = StreamProgress(
                                 image=news.item, step=news.step, steps=news.steps, preview=seen
                             )
@@ -215,15 +145,6 @@ class Generation:
                 f"an image of {wanted.width} x {wanted.height} pixels does not fit in the memory "
                 "of this machine; ask for a smaller one",
             ) from None
-
-    async def _written(
-        self, pixels: Pixels, wanted: Wanted, form: Form, quality: int | None
-    ) -> Picture:
-        record = self._pipeline.record(wanted)
-        tokens = self._pipeline.token_count(wanted.prompt)
-        write = partial(written, pixels, wanted, record, tokens, form, quality)
-        with self._metrics.timed("write"):
-            return await asyncio.get_running_loop().run_in_executor(self._writers, write)
 
     def _told(self, number: int, picture: Picture) -> StreamImage:
         return StreamImage(
@@ -260,13 +181,3 @@ def _require_right(request: Request, prompt: str) -> None:
             "describe the lesion in the field lesion of POST /v1/generate",
             field="prompt",
         ) from None
-
-
-def as_base64(data: bytes) -> str:
-    """Bytes in JSON."""
-    return base64.b64encode(data).decode("ascii")
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -32,7 +32,7 @@ from dermaflux.request import Request as Wanted
 from serving import openai_form
 from serving.body import read_json
 from serving.card import ModelCard
-from serving.generate import Generation, as_base64
+from serving.generate import Generation
 from serving.openai_schema import (
     DEFAULT_FORM,
     CompletedEvent,
@@ -45,12 +45,13 @@ from serving.openai_schema import (
     Usage,
     UsageDetails,
 )
+from serving.orders import Orders, as_base64
 from serving.pictures import Picture
 from serving.replies import Refusal, error_reply, refusal
-from serving.schema import GenerateRequest
 from serving.settings import Settings
 from serving.stream import STILL_HERE, EventStream, Inbox, event
 from serving.ticket import Step, Ticket
+from serving.wishes import GenerateRequest
 
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
@@ -59,9 +60,15 @@ class OpenAIImages:
     """The two routes over what `POST /v1/generate` runs on."""
 
     def __init__(
-        self, generation: Generation, card: ModelCard, settings: Settings, pixels_per_token: int
+        self,
+        generation: Generation,
+        orders: Orders,
+        card: ModelCard,
+        settings: Settings,
+        pixels_per_token: int,
     ) -> None:
         self._generation = generation
+        self._orders = orders
         self._card = card
         self._settings = settings
         self._pixels_per_token = pixels_per_token
@@ -75,9 +82,9 @@ class OpenAIImages:
         wish = self._wish(body)
         wanted = self._wanted(request, wish)
         if body.stream:
-            ticket, inbox = self._generation.begun(request, wanted, body.partial_images or 0)
+            ticket, inbox = self._orders.begun(request, wanted, body.partial_images or 0)
             return EventStream(self._events(request, wish, wanted, ticket, inbox), ticket.stop)
-        pictures = await self._generation.drawn(request, wanted, wish.format, wish.quality)
+        pictures = await self._orders.drawn(request, wanted, wish.format, wish.quality)
         reply = ImagesReply(
             created=int(time.time()),
             output_format=wish.format,
@@ -139,7 +146,7 @@ class OpenAIImages:
         number = itertools.count()
         common: dict[str, Any] = {"created_at": int(time.time()), "size": _size(wanted[0])}
         try:
-            all_news = self._generation.followed(ticket, inbox, wanted, wish.format, wish.quality)
+            all_news = self._orders.followed(ticket, inbox, wanted, wish.format, wish.quality)
             async with aclosing(all_news):
                 async for news in all_news:
                     match news:
@@ -147,7 +154,7 @@ class OpenAIImages:
                             yield STILL_HERE
                         case Step(preview=seen) if seen is not None:
                             partial = PartialEvent(
-                                b64_json=await self._generation.shown(seen),
+                                b64_json=await self._orders.shown(seen),
                                 partial_image_index=next(number),
                                 **common,
                             )

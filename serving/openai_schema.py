@@ -23,7 +23,18 @@ _Text = Annotated[str, Field(max_length=512)]
 class ImagesRequest(BaseModel):
     """Body of `POST /v1/images/generations`."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "if": {
+                "required": ["partial_images"],
+                "properties": {"partial_images": {"type": "integer", "minimum": 1}},
+            },
+            "then": {"required": ["stream"], "properties": {"stream": {"const": True}}},
+        },
+    )
 
     prompt: str = Field(
         description="A caption in the wording of the model; other text only with the right "

@@ -45,7 +45,8 @@ _FORMS: Final = {
     "request": re.compile(r"[A-Za-z0-9._-]{1,64}"),
     "address": re.compile(r"[0-9a-fA-F.:]{2,45}"),
 }
-_RESULT: Final = re.compile(r"[0-9a-f]{64}")
+RESULT: Final = re.compile(r"[0-9a-f]{64}")
+"""A sha256 in hex."""
 _NOTE: Final = re.compile(r"[A-Za-z0-9._:+-]{0,64}")
 
 LINE: Final = re.compile(
@@ -89,7 +90,7 @@ class Event:
             raise ValueError("an event of the audit log needs a name")
         if self.status is not None and not 100 <= self.status <= 599:
             raise ValueError("the audit log takes no such status; it needs 100 to 599")
-        if len(self.results) > MAX_RESULTS or not all(map(_RESULT.fullmatch, self.results)):
+        if len(self.results) > MAX_RESULTS or not all(map(RESULT.fullmatch, self.results)):
             raise ValueError(f"the audit log takes up to {MAX_RESULTS} sha256 in hex as results")
         for name, note in self.note.items():
             fits = isinstance(note, int) or _NOTE.fullmatch(note)

@@ -106,7 +106,7 @@ class Easel:
             return None
 
     def _failed(self, items: Collection[Item], error: Exception) -> None:
-        self.drop(items)
+        """End their tickets; whoever calls `turn` drops what has ended before the next one."""
         for item in items:
             self._end(item.ticket, error)
 

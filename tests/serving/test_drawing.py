@@ -252,15 +252,16 @@ def test_a_stopped_ticket_leaves_the_queue_at_once_and_the_batch_before_its_next
     here = house(limit=2)
     here.gate.open = False
     first = here.drawing.submit([ask(1, steps=50)], "a")
+    here.gate.wait_for(1)
     second = here.drawing.submit([ask(2, steps=3)], "b")
     third = here.drawing.submit([ask(3), ask(4)], "c")
-    here.gate.wait_for(1)
+    assert here.drawing.snapshot().waiting == 3
     third.stop()
     third.stop()
     assert third.over
-    assert here.drawing.snapshot().waiting == 0
+    assert here.drawing.snapshot().waiting == 1
     first.stop()
-    assert here.drawing.snapshot().running <= 1
+    assert here.drawing.snapshot().running == 0
     here.gate.release()
     images(second)
     assert len(here.gate.batches) <= 4
@@ -272,6 +273,21 @@ def test_a_stopped_ticket_leaves_the_queue_at_once_and_the_batch_before_its_next
     assert here.count("generations_total", outcome="cancelled") == 3
     assert here.drawing.drained(SECONDS)
     assert here.count("images_waiting") == here.count("images_running") == 0
+
+
+def test_a_stop_is_heard_between_the_steps_of_two_sizes(house):
+    here = house(limit=2)
+    here.gate.open = False
+    first = here.drawing.submit([ask(1, steps=50)], "a")
+    here.gate.wait_for(1)
+    second = here.drawing.submit([ask(2, steps=50, size=32)], "b")
+    here.gate.step(1)
+    here.gate.wait_for(2)
+    second.stop()
+    here.gate.step(1)
+    here.gate.wait_for(3)
+    first.stop()
+    assert here.gate.batches == [(1, 16)] * 3
 
 
 def test_a_caller_who_is_cancelled_stops_its_ticket(house):
@@ -537,3 +553,8 @@ def test_hundreds_of_random_callers_are_neither_lost_nor_mixed_up(house, fake_pi
     now = here.drawing.snapshot()
     assert (now.waiting, now.running, now.backlog_seconds) == (0, 0, 0)
     assert max(batch for batch, _ in here.gate.batches) == 3
+    here.drawing.close()
+    assert here.drawing._thread is not None
+    here.drawing._thread.join(SECONDS)
+    left = here.drawing._easel._underway
+    assert (left.keys, left.sizes, left.finished()) == ((), (), {})

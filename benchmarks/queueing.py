@@ -1,6 +1,7 @@
 """Joining a batch at any step beside first come, first served, at the same arrivals.
 
     python -m benchmarks.queueing --out benchmarks/results/queueing_mini_cpu.json
+    python -m benchmarks.queueing --clock cpu --threads 1        # on a machine that others use too
 
 Requests arrive as a Poisson process would have them, seeded and fixed beforehand; their steps are
 drawn from a range, their size is the bundle's. The same list is served twice in every round, once
@@ -9,15 +10,15 @@ the warm-up chooses (`dermaflux.gains`), on what the service's generator runs
 (`dermaflux.underway`), without HTTP and files. Latency is counted from when a request was due to
 when its pixels are there, so nothing is left out while the machine is busy. Arrivals are a share of
 what first come can do at most, which is measured before. The sides alternate; what counts is the
-median of the rounds' ratios. Progress goes to stderr; the last line of stdout is one JSON object.
+median of the rounds' ratios. With `--clock cpu` a second is one of this process's processor time,
+which others who use the machine hardly change, and pauses are skipped; an engine of several threads
+looks slower by it than it is. Progress goes to stderr; the last line of stdout is one JSON object.
 
-What to expect is worked out from the measured gains before anything is served, and stands in the
-result as `predicted_mean_ratio`: first come is a queue M/G/1 (Pollaczek and Khinchine); a batch is
-processor sharing whose speed grows with those who share it, whose mean does not depend on how long
-requests are (Kelly, 1979), so a chain of births and deaths gives it. In words: at half load, where
-there is mostly one request, a batch changes little and may lose some hundredths, because a request
-that arrives halves the speed of the one before it; towards full load it wins what batches gain, and
-past what first come can do it still keeps up. Short requests win more than long ones.
+What to expect is worked out before anything is served (`benchmarks.queue_theory`), and is in the
+result as `predicted_mean_ratio`. In words: at half load, where there is mostly one request, joining
+changes little and may lose some hundredths, because a request that arrives halves the speed of the
+one before it; towards full load it wins what batches gain, and past what first come can do it still
+keeps up. Short requests win more than long ones.
 """
 
 from __future__ import annotations
@@ -30,24 +31,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from benchmarks.latency import environment
-from dermaflux import files, gains
+from benchmarks.queue_theory import costs, predicted
+from dermaflux import files
 from dermaflux.command import ended
 from dermaflux.errors import DermaFluxError
-from dermaflux.gains import Gains
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import COLORS, Lesion, caption
 from dermaflux.request import Request
 from dermaflux.underway import Underway
 
 FIRST_COME: Final = 1
-_LONG_QUEUE: Final = 2000  # states of the chain: beyond it they are too rare to matter
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,22 @@ class Clock:
 
     def sleep_until(self, then: float) -> None:
         time.sleep(max(0.0, then - self.now()))
+
+
+class CpuClock(Clock):
+    """Processor time of this process; nobody has to wait for a pause to pass."""
+
+    def __init__(self) -> None:
+        self._skipped = 0.0
+
+    def now(self) -> float:
+        return time.process_time() + self._skipped
+
+    def sleep_until(self, then: float) -> None:
+        self._skipped += max(0.0, then - self.now())
+
+
+CLOCKS: Final = {"wall": Clock, "cpu": CpuClock}
 
 
 def arrivals(pipeline: Pipeline, count: int, steps: tuple[int, int], seed: int) -> list[Arrival]:
@@ -129,35 +145,6 @@ def side(wanted: Sequence[Arrival], rate: float, latency: Sequence[float]) -> Si
         p95=float(np.quantile(latency, 0.95)),
         images_per_second=len(wanted) / (max(ends) - wanted[0].due / rate),
     )
-
-
-def predicted(share: float, found: Gains, limit: int, steps: tuple[int, int]) -> float | None:
-    """Mean latency with `limit` over that of first come; None where first come has no mean.
-
-    Both in units of a request's time alone. `share` is arrivals over what first come can do.
-    """
-    if share >= 1:
-        return None
-    counts = range(steps[0], steps[1] + 1)
-    mean, square = statistics.fmean(counts), statistics.fmean(n * n for n in counts)
-    first_come = 1 + share / (1 - share) * square / mean**2 / 2
-    # Probability of n requests here, from that of n - 1: arrivals over the speed of a batch of n.
-    weight, weights = 1.0, [1.0]
-    for here in range(1, _LONG_QUEUE):
-        weight *= share / speed(found, min(here, limit))
-        weights.append(weight)
-    present = sum(n * w for n, w in enumerate(weights)) / sum(weights)
-    return present / share / first_come
-
-
-def speed(found: Gains, batch: int) -> float:
-    """Steps a second of a batch over those of one alone; between measured batches by a line."""
-    known = sorted(found.seconds.items())
-    for (small, less), (large, more) in pairwise(known):
-        if small <= batch <= large:
-            seconds = less + (more - less) * (batch - small) / (large - small)
-            return batch * found.seconds[1] / seconds
-    return found.rates[known[-1][0]] / found.rates[1]
 
 
 def measure(
@@ -235,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="of the joining side; default: by measured gains")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="of an engine; default: all cores")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or processor time")
     parser.add_argument("--out", type=Path, help="write the result there too")
     options = parser.parse_args(arguments)
     return ended(lambda: run(options, list(arguments or sys.argv[1:])))
@@ -252,24 +240,29 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     if not 1 <= steps[0] <= steps[1]:
         raise DermaFluxError(f"--steps {steps[0]} {steps[1]} is no range; use the smaller first")
     pipeline = Pipeline.open(options.bundle, threads=options.threads)
-    found = gains.measure(pipeline)
-    limit = options.limit or max(2, found.limit())
-    expected = {share: predicted(share, found, limit, steps) for share in options.shares}
+    clock = CLOCKS[options.clock]()
+    cost = costs(pipeline, steps, clock.now)
+    limit = options.limit or max(2, cost.gains.limit())
+    expected = {share: predicted(share, cost, limit) for share in options.shares}
     print(f"limit {limit}; predicted ratios of means {expected}", file=sys.stderr)
     wanted = arrivals(pipeline, options.requests, steps, options.seed)
-    sides = measure(pipeline, wanted, options.shares, limit, options.rounds, Clock())
+    sides = measure(pipeline, wanted, options.shares, limit, options.rounds, clock)
+    choice = pipeline.choices["transformer"]
     result = {
         "benchmark": "queueing",
         "command": " ".join(["python -m benchmarks.queueing", *words]),
         "environment": environment(),
         "bundle": str(options.bundle),
-        "engine": pipeline.choices["transformer"].engine,
-        "precision": pipeline.choices["transformer"].precision,
-        "size": list(found.size),
+        "engine": choice.engine,
+        "precision": choice.precision,
+        "threads": options.threads,
+        "clock": options.clock,
+        "size": list(cost.gains.size),
         "steps": list(steps),
         "requests": options.requests,
-        "step_ms_by_batch": {b: round(1e3 * s, 2) for b, s in found.seconds.items()},
-        "limit_by_gains": found.limit(),
+        "step_ms_by_batch": {b: round(1e3 * s, 2) for b, s in cost.gains.seconds.items()},
+        "rest_ms": round(1e3 * cost.rest, 2),
+        "limit_by_gains": cost.gains.limit(),
         "limit": limit,
         "shares": report(options.shares, limit, sides, expected.__getitem__),
     }

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.queue_theory import Cost, costs, predicted
 from benchmarks.queueing import (
     Arrival,
     Clock,
+    CpuClock,
     Side,
     arrivals,
     main,
     measure,
-    predicted,
     report,
     serve,
     side,
@@ -77,21 +79,35 @@ def test_arrivals_are_the_same_for_a_seed_and_one_a_second(fake_pipeline):
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
 def test_the_prediction_is_what_a_long_queue_does(fake_pipeline, share):
-    seconds = {1: 1.0, 2: 1.6, 3: 2.2, 4: 2.8}
-    clock = Moved(fake_pipeline, seconds)
-    wanted = arrivals(clock.pipeline, 1500, (1, 5), 1)
+    clock = Moved(fake_pipeline, {1: 1.0, 2: 1.6, 3: 2.2, 4: 2.8})
+    cost = costs(clock.pipeline, (1, 5), clock.now)
+    assert cost.rest == 0
+    wanted = arrivals(clock.pipeline, 800, (1, 5), 1)
     (both,) = measure(clock.pipeline, wanted, [share], 4, 1, clock)
-    gains = Gains((64, 64), {b: seconds[b] for b in (1, 2, 4)})
-    assert both[4].mean / both[1].mean == pytest.approx(
-        predicted(share, gains, 4, (1, 5)), rel=0.15
-    )
+    assert both[4].mean / both[1].mean == pytest.approx(predicted(share, cost, 4), rel=0.2)
+
+
+def flat_and_steep(rest: float) -> tuple[Cost, Cost]:
+    flat, steep = ({1: 1.0, 2: 2.0, 4: 4.0}, {1: 1.0, 2: 1.2, 4: 2.0})
+    return Cost((4, 20), Gains((64, 64), flat), rest), Cost((4, 20), Gains((64, 64), steep), rest)
 
 
 def test_without_gains_sharing_is_no_better_than_order():
-    flat = Gains((64, 64), {1: 1.0, 2: 2.0, 4: 4.0})
-    assert predicted(0.8, flat, 4, (4, 20)) > 1
-    assert predicted(0.8, Gains((64, 64), {1: 1.0, 2: 1.2, 4: 2.0}), 4, (4, 20)) < 0.7
-    assert predicted(1.0, flat, 4, (4, 20)) is None
+    flat, steep = flat_and_steep(0.0)
+    assert predicted(0.8, flat, 4) > 1
+    assert predicted(0.8, steep, 4) < 0.7
+    assert predicted(1.0, flat, 4) is None
+    # What batches do not share takes from what they gain.
+    assert predicted(0.8, steep, 4) < predicted(0.8, flat_and_steep(12.0)[1], 4)
+
+
+def test_processor_time_skips_pauses():
+    clock = CpuClock()
+    begin = time.monotonic()
+    then = clock.now() + 1000
+    clock.sleep_until(then)
+    assert then <= clock.now() < then + 10
+    assert time.monotonic() - begin < 10
 
 
 def test_ratios_are_within_rounds():

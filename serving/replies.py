@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 CLIENT_LEFT = 499
 """Nobody reads this status: it is for the metrics and the log."""
 
+LONGEST = 600
+"""Characters of a message; the longest of ours has some 300."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -119,4 +122,7 @@ def error_response(request: Request, error: Exception) -> Response:
 
 
 def _sentence(text: str) -> str:
+    """With one full stop, and without the middle of a long value that it may repeat."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return text.removesuffix(".") + "."

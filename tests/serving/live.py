@@ -198,7 +198,8 @@ def running(
     app = create_app(pipeline, scores, card, configured, registry, readiness)
     if prove is not None:
         readiness.begin(prove)
-    with socket.socket() as listener:
+    # With its protocol said, else asyncio lets small replies wait for the client (40 ms each).
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))

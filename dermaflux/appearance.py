@@ -62,7 +62,8 @@ def square(picture: Image.Image) -> Pixels:
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     # Not `box` of resize, whose filter looks beyond it.
-    middle = picture.crop((left, top, left + side, top + side)).convert("RGB")
+    middle = picture.crop((left, top, left + side, top + side))
+    middle = middle if middle.mode == "RGB" else middle.convert("RGB")
     small = middle.resize((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     return np.asarray(small)
 

@@ -167,7 +167,9 @@ def preprocess(image: Image.Image, spec: ClassifierSpec) -> Floats:
     """
     _, height, width = spec.input_size
     size, (left, top) = frame(image.size, spec)
-    image = image.convert("RGB").resize(size, Image.Resampling[spec.interpolation.upper()])
+    # Converted only where it has to be: of a picture that is RGB already it would be a whole copy.
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = image.resize(size, Image.Resampling[spec.interpolation.upper()])
     image = image.crop((left, top, left + width, top + height))
     shares = np.asarray(image, dtype=np.float32) / np.float32(255)
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)

@@ -40,7 +40,7 @@ from serving.card import GoldenCard, card_of
 from serving.draining import Work, finish_before_exit
 from serving.framework import listening_host
 from serving.readiness import Readiness, prove
-from serving.scorer import Scorer, Untimed, refuse_pickle_over_tcp
+from serving.scorer import ENVIRONMENT, Scorer, Untimed, refuse_pickle_over_tcp
 from serving.scores import Local, Remote, Scores
 from serving.settings import Settings
 from serving.sources import find_bundle
@@ -95,7 +95,7 @@ class _Mounted:
 _mounted = _Mounted()
 
 
-@bentoml.service(name="dermaflux", service_class=_Bounded)
+@bentoml.service(name="dermaflux", service_class=_Bounded, envs=ENVIRONMENT)
 @bentoml.asgi_app(_mounted, path="/")
 class DermaFlux:
     """Draws synthetic skin lesions and classifies photographs of lesions. Research use only."""

@@ -8,6 +8,7 @@ those that were finished with it: they are decoded apart then.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeVar
@@ -18,6 +19,8 @@ from dermaflux.pipeline import Pipeline
 from dermaflux.underway import Size, Underway
 from serving.metrics import Metrics
 from serving.ticket import Item, News, Step, Ticket
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -76,10 +79,18 @@ class Easel:
 
     def _tell(self, moved: Sequence[Item]) -> None:
         due = [i for i in moved if i.done in i.previews_after and not i.ticket.over]
-        shown = (self._attempt(due, lambda: self._underway.previews(due)) or {}) if due else {}
+        shown = self._previews(due) if due else {}
         for item in moved:
             news = Step(item.number, item.done, item.request.steps, shown.get(item))
             tell(item.ticket, news, self._end)
+
+    def _previews(self, due: Sequence[Item]) -> Mapping[Item, Pixels]:
+        try:
+            return self._underway.previews(due)
+        except Exception:
+            # The images themselves are well.
+            logger.warning("previews failed", exc_info=True)
+            return {}
 
     def _develop(self, latents: Mapping[Item, Floats]) -> None:
         with self._metrics.timed("decode"):

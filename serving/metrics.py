@@ -14,9 +14,7 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-Stage = Literal[
-    "wait", "encode", "step", "decode", "write", "generate", "write_png", "read_image", "classify"
-]
+Stage = Literal["wait", "encode", "step", "decode", "write", "read_image", "classify"]
 """Of a generation: in the queue, its text, one step of a batch, latents to pixels, the file."""
 Outcome = Literal["done", "cancelled", "deadline", "failed"]
 

@@ -14,6 +14,7 @@ from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
 from dermaflux.engines import OPENVINO, ORT
 from dermaflux.pipeline import Pipeline, Request
+from dermaflux.underway import Underway
 from tests.tiny import CAPTIONS
 
 ENGINES = [(ORT, "fp32"), (OPENVINO, "fp32"), (OPENVINO, "int8")]
@@ -60,6 +61,24 @@ def test_batches_of_1_to_8_and_mixed_steps_are_bit_equal(pipeline, count):
     together = pipeline.denoise(noise, text, steps=steps, guidance=guidance)
     apart = pipeline.denoise(noise[-1:], single, steps=steps[-1:], guidance=guidance[-1:])
     assert np.array_equal(together[-1:], apart)
+
+
+def test_who_joins_a_running_batch_is_drawn_as_alone(pipeline):
+    wanted = [replace(one, steps=2 + i % 3) for i, one in enumerate(requests(pipeline, 6))]
+    wanted += [replace(wanted[0], width=wanted[0].height, seed=9)]
+    alone = [pipeline.latents([request])[0] for request in wanted]
+    images: Underway[int] = Underway(pipeline)
+    for key, request in enumerate(wanted):
+        images.join({key: request})
+        for size in images.sizes:
+            images.step(size)
+    while images.keys:
+        for size in images.sizes:
+            images.step(size)
+    found = images.finished()
+    assert all(np.array_equal(found[key], latents) for key, latents in enumerate(alone))
+    developed = images.develop(found)
+    assert np.array_equal(developed[3], pipeline.develop([alone[3]])[0])
 
 
 def test_several_threads_draw_what_one_draws(pipeline):

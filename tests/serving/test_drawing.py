@@ -421,6 +421,15 @@ def test_news_of_place_and_steps_and_previews(house):
     assert shown == {2: (64, 32, 3), 3: (64, 32, 3)}
 
 
+def test_previews_that_fail_cost_nobody_an_image(house, fake_pipeline, monkeypatch):
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("dermaflux.underway.Underway.previews", broken)
+    ticket = house().drawing.submit([ask(1)], "a", previews=3, on_news=lambda _: None)
+    assert np.array_equal(images(ticket)[0], fake_pipeline.generate([ask(1)])[0])
+
+
 def test_a_listener_that_fails_ends_its_ticket_alone(house):
     here = house()
     here.gate.open = False

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Final, cast
 from starlette.requests import Request
 
 from dermaflux.errors import DermaFluxError
-from serving.addresses import Failures, network, outside
+from serving.addresses import Failures, names_this_machine, network, outside
 from serving.keyring import ANONYMOUS, Keyring, Role
 from serving.replies import Refusal
 from serving.settings import Settings
@@ -97,12 +97,7 @@ class Access:
         """
         address = request.client.host if request.client else ""
         if self._keyring is None:
-            if self._open or not outside(address):
-                return Caller(ANONYMOUS, self._anonymous, address)
-            raise _unauthorized(
-                "This service has no keys, so it answers its own machine alone. Its operator can "
-                "make some with `python -m serving.keys new`, or let everybody in."
-            )
+            return self._stranger(request, address)
         given = _given(request)
         if not given:
             raise _unauthorized(
@@ -123,6 +118,19 @@ class Access:
             )
         logger.warning("a wrong key from %s", address or "an unknown address")
         raise _unauthorized("The key is not known, has expired or was revoked.", wrong=True)
+
+    def _stranger(self, request: Request, address: str) -> Caller:
+        """A caller where there are no keys."""
+        # Over a network, not in process as in tests; by another name than this machine's own.
+        renamed = network(address) and not names_this_machine(request.headers.get("host", ""))
+        if not self._open and (outside(address) or renamed):
+            raise _unauthorized(
+                "This service has no keys, so it answers its own machine alone, as localhost. Its "
+                "operator can make some with `python -m serving.keys new`, or let everybody in."
+            )
+        if request.method == "POST" and request.headers.get("sec-fetch-site") == "cross-site":
+            raise Refusal(403, "forbidden", "Pages of other sites may not use this service.")
+        return Caller(ANONYMOUS, self._anonymous, address)
 
 
 class Admission:

@@ -27,6 +27,22 @@ def outside(address: str) -> bool:
     return not (mapped or found).is_loopback
 
 
+def names_this_machine(host: str) -> bool:
+    """Whether a `Host` header, with its port or without, is a name that only this machine has.
+
+    A page of somebody else's can have a name of its own resolved to 127.0.0.1 (DNS rebinding), and
+    is then taken by the browser for ours; it cannot make the browser call it localhost.
+    """
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    if name.rstrip(".") == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 def network(address: str) -> str:
     """What one sender cannot change at will: an IPv4 address, or the first 64 bits of an IPv6."""
     try:

@@ -180,8 +180,10 @@ def test_keys_are_taken_and_revoked_while_it_runs(tmp_path: Path) -> None:
 
 
 def asked(headers: dict[str, str] | None = None, address: str = "127.0.0.1") -> Request:
-    pairs = [(name.lower().encode(), text.encode()) for name, text in (headers or {}).items()]
-    return Request({"type": "http", "headers": pairs, "client": (address, 5), "path": "/v1/model"})
+    given = {"host": "localhost:3000"} | (headers or {})
+    pairs = [(name.lower().encode(), text.encode()) for name, text in given.items()]
+    scope = {"type": "http", "method": "POST", "path": "/v1/generate", "headers": pairs}
+    return Request({**scope, "client": (address, 5)})
 
 
 def admitted(access: Access, headers: dict[str, str] | None = None, **where: str) -> Caller:
@@ -207,6 +209,42 @@ def test_without_keys_this_machine_is_answered(address: str) -> None:
 def test_without_keys_strangers_are_not(address: str) -> None:
     assert refused(Access(Settings(), None), address=address) == 401
     assert admitted(Access(Settings(open=True), None), address=address).roles
+
+
+@pytest.mark.parametrize(
+    ("host", "ours"),
+    [
+        ("localhost", True),
+        ("LocalHost.:3000", True),
+        ("app.localhost:3000", True),
+        ("127.0.0.1:3000", True),
+        ("[::1]:3000", True),
+        ("evil.example:3000", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("10.0.0.7:3000", False),
+        ("", False),
+    ],
+)
+def test_page_that_has_its_name_resolved_to_this_machine_is_not_taken_for_ours(
+    host: str, ours: bool
+) -> None:
+    access = Access(Settings(), None)
+    if ours:
+        assert admitted(access, {"host": host}).roles
+    else:
+        assert refused(access, {"host": host}) == 401
+    # Where everybody is meant to reach it, it has names that nobody here knows.
+    assert admitted(Access(Settings(open=True), None), {"host": host}).roles
+    ring = Access(Settings(), Keyring(None, LINES))
+    assert admitted(ring, {"host": host} | bearer(KEYS["admin"])).roles
+
+
+def test_pages_of_other_sites_do_not_post_in_the_name_of_who_looks_at_them() -> None:
+    for access in (Access(Settings(), None), Access(Settings(open=True), None)):
+        assert refused(access, {"sec-fetch-site": "cross-site"}) == 403
+        for site in ("same-origin", "none", "same-site"):
+            assert admitted(access, {"sec-fetch-site": site}).roles
 
 
 def test_keys_hold_for_this_machine_too() -> None:

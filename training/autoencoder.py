@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from training import states
+from training import bf16, states
 from training.latents import Basis, orientations
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def train(images: NDArray[np.uint8], basis: Basis, plan: Plan, file: Path) -> Au
             left = 1 - seconds / (plan.hours * 3600)
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate * min(1.0, (step + 1) / plan.warmup, left / 0.6)
-            with torch.autocast("cpu", torch.bfloat16):
+            with bf16.autocast():
                 loss = _loss(model, target, latents, plan.noise)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

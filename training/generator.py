@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextModel, T5EncoderModel
 
-from training import states
+from training import bf16, states
 from training.words import clip_encoder, t5_encoder, token_ids
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ class Architecture:
     latent_channels: int = 16
 
 
+MUON, ADAMW = OPTIMIZERS = "muon", "adamw"
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast to train. The wall-clock bounds the run, so that it ends as planned."""
@@ -61,6 +64,7 @@ class Schedule:
     hours: float = 1.5  # of phase one
     distill_hours: float = 0.2  # of phase two
     batch: int = 64  # over all processes; Muon costs a quarter of a step of 32
+    optimizer: str = MUON  # beside AdamW for what is no matrix; slow where bfloat16 is emulated
     rate: float = 1e-3  # Muon's (scaled to AdamW's update size) and AdamW's
     warmup: int = 100  # optimizer steps
     decay: float = 0.3  # last share of a phase over which the rate falls linearly to zero
@@ -189,21 +193,25 @@ class _Run:
 
 
 def _optimizers(
-    model: Generator | FluxTransformer2DModel, rate: float
+    model: Generator | FluxTransformer2DModel, plan: Schedule
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the transformer's blocks, AdamW for all the rest.
+    """Muon for the matrices inside the transformer's blocks, if asked for; AdamW for all the rest.
 
     Muon's update is scaled to AdamW's size (Liu et al., arXiv 2502.16982): one rate does for both.
     """
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        inside = "transformer_blocks" in name and parameter.ndim == 2
+        inside = plan.optimizer == MUON and "transformer_blocks" in name and parameter.ndim == 2
         (matrices if inside and "norm" not in name else rest).append(parameter)
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(
+            torch.optim.Muon(
+                matrices, lr=plan.rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return [*made, torch.optim.AdamW(rest, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def _average_gradients(parameters: list[nn.Parameter], seconds: float) -> float:
@@ -280,7 +288,7 @@ def train(corpus: Corpus, architecture: Architecture, plan: Schedule, folder: Pa
     model, average = Generator(architecture), Generator(architecture)
     average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
-    run = _Run(model, average, _optimizers(model, plan.rate))
+    run = _Run(model, average, _optimizers(model, plan))
     run.resume(folder / "generator.pt")
     size, offset = _share(plan)
     torch.manual_seed(plan.seed + run.step + offset)
@@ -297,7 +305,7 @@ def train(corpus: Corpus, architecture: Architecture, plan: Schedule, folder: Pa
         # Logit-normal times (Esser et al., arXiv 2403.03206), mean 0 and deviation 1.
         sigma = torch.randn(size).sigmoid()
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
+        with bf16.autocast():
             hidden, pooled = model.encode(clip_ids, t5_ids)
             velocity = model.transformer(
                 hidden_states=noisy,
@@ -356,9 +364,7 @@ def distil(teacher: Generator, corpus: Corpus, architecture: Architecture, plan:
     for model in (student, average):
         model.load_state_dict(teacher.state_dict())
     average.requires_grad_(False)
-    run = _Run(
-        student.transformer, average.transformer, _optimizers(student.transformer, plan.rate)
-    )
+    run = _Run(student.transformer, average.transformer, _optimizers(student.transformer, plan))
     run.resume(folder / "distilled.pt")
     size, offset = _share(plan)
     torch.manual_seed(plan.seed + run.step + offset + 1)
@@ -374,7 +380,7 @@ def distil(teacher: Generator, corpus: Corpus, architecture: Architecture, plan:
         sigma = torch.randn(size).sigmoid()
         weight = low + (high - low) * torch.rand(size)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
+        with bf16.autocast():
             with torch.no_grad():
                 hidden, pooled = teacher.encode(clip_ids, t5_ids)
                 wanted = guided(teacher, hidden, pooled, noisy, sigma, weight, corpus.ids, empty)

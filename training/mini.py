@@ -309,6 +309,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--distill-hours", type=data.positive, default=generator.Schedule.distill_hours
     )
     parser.add_argument("--autoencoder-hours", type=data.positive, default=autoencoder.Plan.hours)
+    parser.add_argument("--batch", type=data.count, default=generator.Schedule.batch)
+    parser.add_argument("--optimizer", choices=generator.OPTIMIZERS, default=generator.MUON,
+                        help="adamw where bfloat16, in which Muon computes, is slow")  # fmt: skip
     parser.add_argument("--processes", type=data.count, default=generator.Schedule.processes)
     parser.add_argument("--report", action="store_true", help="measure --out, train nothing")
     parser.add_argument("--judge", type=Path, default=Path("runs/mini/judge"),
@@ -321,8 +324,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     architecture = generator.Architecture()
     plan = generator.Schedule(
-        hours=options.hours, distill_hours=options.distill_hours, processes=options.processes
-    )
+        hours=options.hours, distill_hours=options.distill_hours, processes=options.processes,
+        batch=options.batch, optimizer=options.optimizer,
+    )  # fmt: skip
     drawing = autoencoder.Plan(hours=options.autoencoder_hours)
 
     def work() -> None:

@@ -230,3 +230,17 @@ def test_pictures_with_patches_are_drawn_less() -> None:
     assert mini.foreign_colour(lesion, None) == pytest.approx(100 / 1024)
     sample = data.Sample(Path("x"), Lesion("benign"), "train", "g", "s", "l")
     assert mini.draw_weight(sample, lesion) == pytest.approx(0.1 * mini.draw_weight(sample, skin))
+
+
+def test_adamw_alone_trains_and_its_state_is_not_taken_up_by_muon(
+    dataset: Path, tmp_path: Path
+) -> None:
+    prepared = mini.prepare(dataset, TINY)
+    alone = dataclasses.replace(PLAN, hours=SECOND, distill_hours=SECOND, optimizer=generator.ADAMW)
+    mini.train_generator(mini.corpus(prepared), TINY, alone, tmp_path)
+    state = torch.load(tmp_path / "generator.pt", weights_only=True)
+    assert len(state["optimizers"]) == 1
+    assert np.isfinite(state["losses"]).all()
+    longer = dataclasses.replace(PLAN, hours=2 * SECOND)
+    with pytest.raises(data.DatasetError, match="cannot be used as a state"):
+        mini.train_generator(mini.corpus(prepared), TINY, longer, tmp_path)

@@ -197,6 +197,27 @@ def test_what_cannot_be_recorded_is_not_answered(house, monkeypatch):
     assert "event: error" in reply.text
 
 
+def test_a_reply_that_is_held_back_is_wholly_held_back(tmp_path, monkeypatch):
+    log = AuditLog.open(tmp_path / "audit", tmp_path / "key", Rules(fsync="never"))
+
+    async def app(scope, receive, send) -> None:
+        Request(scope).state.route = "/v1/classify"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"benign"})
+
+    sent = []
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    full(monkeypatch)
+    scope = {"type": "http", "method": "POST", "path": "/v1/classify", "headers": [], "state": {}}
+    asyncio.run(Audited(app, log, "0" * 16)(scope, None, send))
+    assert [one["type"] for one in sent] == ["http.response.start", "http.response.body"]
+    assert sent[0]["status"] == 503
+    assert b"benign" not in sent[1]["body"]
+
+
 def test_no_work_is_begun_where_the_disk_is_full(house, monkeypatch):
     site = house(required=True)
     monkeypatch.setattr(writing, "ROOM", 2**70)

@@ -6,18 +6,20 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from dermaflux.engines import Array, Arrays, fake
+from dermaflux.engines import Array, Arrays, Engine, fake
 from dermaflux.engines.fake import Fake
 from dermaflux.errors import Cancelled, EngineError
 from dermaflux.gains import Gains
 from dermaflux.pipeline import Pipeline, Request
+from dermaflux.residency import InTurns
 from serving.drawing import Drawing
 from serving.metrics import Metrics
 from serving.replies import Refusal
@@ -78,7 +80,11 @@ def house(fake_pipeline: Pipeline) -> Iterator[Callable[..., House]]:
     made: list[House] = []
 
     def build(
-        *, limit: int = 4, engines: dict[str, Fake] | None = None, **settings: object
+        *,
+        limit: int | None = 4,
+        engines: dict[str, Fake] | None = None,
+        loads: list[str] | None = None,
+        **settings: object,
     ) -> House:
         gate = Gate()
         velocity = fake.engines(fake_pipeline.model)["transformer"]
@@ -95,6 +101,8 @@ def house(fake_pipeline: Pipeline) -> Iterator[Callable[..., House]]:
             fake_pipeline.tokenizers,
             {**fake_pipeline.engines, "transformer": Fake(gated), **(engines or {})},
         )
+        if loads is not None:
+            pipeline.engines = in_turns(pipeline.engines, loads)
         registry = CollectorRegistry()
         configured = replace(Settings(), **{"waiting": 100, **settings})  # type: ignore[arg-type]
         drawing = Drawing(pipeline, Metrics(registry), configured, limit=limit)
@@ -105,6 +113,17 @@ def house(fake_pipeline: Pipeline) -> Iterator[Callable[..., House]]:
     for one in made:
         one.gate.release()
         one.drawing.close()
+
+
+def in_turns(engines: Mapping[str, Engine], loads: list[str]) -> InTurns:
+    """The same engines, one group in memory at a time; `loads` keeps who was loaded."""
+
+    def load(part: str) -> Engine:
+        loads.append(part)
+        return engines[part]
+
+    groups = (("text_encoder", "text_encoder_2"), ("transformer",), ("vae_decoder",))
+    return InTurns(load, groups)
 
 
 def ask(seed: int = 0, steps: int = 4, size: int = 64, prompt: str = "benign lesion") -> Request:
@@ -161,6 +180,35 @@ def test_several_sizes_take_steps_in_turn_within_one_limit(house, fake_pipeline)
     for ticket, one in zip(tickets, wanted, strict=True):
         assert np.array_equal(images(ticket)[0], fake_pipeline.generate([one])[0])
     assert here.gate.batches[:3] == [(1, 16), (2, 16), (1, 8)]
+
+
+def test_engines_that_take_turns_are_loaded_once_a_batch(house, fake_pipeline):
+    loads: list[str] = []
+    here = house(limit=None, loads=loads)
+    here.drawing.warm()
+    assert here.drawing.snapshot().limit == 8
+    here.gate.open = False
+    first = here.drawing.submit([ask(1, steps=2)], "a", previews=1)
+    here.gate.wait_for(1)
+    wanted = [ask(2, steps=1), ask(3, steps=4), ask(4, steps=2, size=32)]
+    later = [here.drawing.submit([one], "b") for one in wanted]
+    gone = here.drawing.submit([ask(5, steps=50)], "c")
+    here.gate.step(2)
+    assert np.array_equal(images(first)[0], fake_pipeline.generate([ask(1, steps=2)])[0])
+    here.gate.wait_for(3)
+    gone.stop()
+    here.gate.release()
+    for ticket, one in zip(later, wanted, strict=True):
+        assert np.array_equal(images(ticket)[0], fake_pipeline.generate([one])[0])
+    # The text of the second batch is known from the first.
+    encoders, others = ["text_encoder", "text_encoder_2"], ["transformer", "vae_decoder"]
+    assert loads == encoders + others + others
+    with ThreadPoolExecutor(1) as pool:
+        assert here.drawing.drained(SECONDS)
+        here.drawing.close()
+        assert here.drawing._thread is not None
+        here.drawing._thread.join(SECONDS)
+        assert pool.submit(here.pipeline.engines.turn.acquire, False).result()
 
 
 def test_images_of_a_ticket_come_in_order(house, fake_pipeline):

@@ -55,9 +55,10 @@ class Manifest:
     """What a picture's manifest says, and how much of it holds.
 
     `state` is `absent`; `valid`; `edited`, where the manifest is as it was signed but the file
-    around it is not; or `broken`, where it cannot be read, was changed itself, or has expired.
-    `trusted` is whether the signer is among the anchors: without it anybody may have signed.
-    `record` is our assertion and `actions` what was done, as signed; `problems` are C2PA's codes.
+    around it is another: changed since, or one that the manifest was copied into; or `broken`,
+    where it cannot be read, was changed itself, or has expired. `trusted` is whether the signer is
+    among the anchors: without it anybody may have signed. `record` is our assertion as it was
+    signed; `problems` are C2PA's codes.
     """
 
     state: State
@@ -68,8 +69,8 @@ class Manifest:
     problems: tuple[str, ...] = ()
 
     @property
-    def ours(self) -> bool:
-        """Whether what it says can be believed: signed by a trusted signer, and not changed."""
+    def believed(self) -> bool:
+        """Whether what it says was said by a trusted signer, be it of another file."""
         return self.trusted and self.state in ("valid", "edited")
 
 
@@ -201,7 +202,7 @@ def _read(told: Mapping[str, Any]) -> Manifest:
     return Manifest(
         state,
         trusted="signingCredential.trusted" in passed,
-        signer=", ".join(str(name) for name in names if name) or None,
+        signer=", ".join(str(name) for name in names if name)[:200] or None,
         source_type=next(
             (str(one["digitalSourceType"]) for one in actions if one.get("digitalSourceType")), None
         ),

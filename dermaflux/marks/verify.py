@@ -51,9 +51,21 @@ class Verdict:
         return next((one for one in looked if one is not None and one.present), None)
 
     @property
+    def exact(self) -> bool:
+        """Whether a trusted signer said of exactly these pixels that they were drawn."""
+        record = self.manifest.record
+        return self.manifest.believed and record.get("pixels_sha256") == self.pixels_sha256
+
+    @property
+    def signed(self) -> bool:
+        """Whether a trusted signer signed this file, or these pixels."""
+        # A manifest that was cut out of another file is genuine, and says nothing of this one.
+        return self.exact or (self.manifest.trusted and self.manifest.state == "valid")
+
+    @property
     def shown(self) -> bool:
         """Whether it is shown that this picture was drawn by a site whose keys are here."""
-        return self.manifest.ours or bool(self.known) or self.marked is not None
+        return self.signed or bool(self.known) or self.marked is not None
 
     @property
     def claimed(self) -> bool:
@@ -63,10 +75,8 @@ class Verdict:
     @property
     def sentences(self) -> tuple[str, ...]:
         """The findings in words."""
-        manifest, record = self.manifest, self.manifest.record
-        told = [_of_manifest(manifest)]
-        exact = record.get("pixels_sha256") == self.pixels_sha256
-        if manifest.ours and exact:
+        told = [_of_manifest(self.manifest)]
+        if self.exact:
             told.append("The pixels are the very ones that were drawn, without a watermark.")
         if self.known is not None:
             told.append(
@@ -92,8 +102,11 @@ class Verdict:
         return tuple(told)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for a reply, without texts that name the prompt."""
+        """Plain values for a reply, without texts that anybody may have written."""
         found = self.marked or self.watermark
+        manifest = asdict(self.manifest)
+        if not self.manifest.believed:
+            manifest["record"] = {}
         return {
             "shown": self.shown,
             "claimed": self.claimed,
@@ -101,7 +114,7 @@ class Verdict:
             "pixels_sha256": self.pixels_sha256,
             "width": self.width,
             "height": self.height,
-            "manifest": asdict(self.manifest) | {"problems": list(self.manifest.problems)},
+            "manifest": manifest | {"problems": list(self.manifest.problems)},
             "pixels_known": self.known,
             "watermark": None if found is None else _plain(found),
             "piece_of": None
@@ -163,7 +176,8 @@ def _of_manifest(manifest: Manifest) -> str:
     return {
         "absent": "There is no signed manifest.",
         "valid": f"The manifest holds, {by}, {trust}; the file is as it was signed.",
-        "edited": f"The manifest holds, {by}, {trust}, but the file was changed after{why}.",
+        "edited": f"There is a manifest {by}, {trust}, but not of this file: it was changed after, "
+        f"or the manifest is from another{why}.",
         "broken": f"The manifest does not hold{why}.",
     }[manifest.state]
 

@@ -39,7 +39,7 @@ STRENGTHS: Final = (46.0, 44.0, 42.0, 40.5)
 ALARM: Final = 1e-6
 """A mark is said to be present if its p-value, all tries counted, is at most this."""
 
-_LARGEST: Final = 2048
+_LARGEST: Final = 1024
 """Pixels a side that are looked at; larger pictures are averaged down first."""
 _TEST_QUALITY: Final = 50
 _CLEAR: Final = {64: 10.0, 128: 16.0, 256: 16.0}

@@ -102,7 +102,7 @@ def test_a_changed_file_is_told_from_a_changed_manifest(marker, files, name):
         damaged[position] ^= 0x55
         manifest = marker._credentials.read(bytes(damaged))
         states.add(manifest.state)
-        if manifest.ours:
+        if manifest.believed:
             assert manifest.record == whole.record, position
         if manifest.state == "valid":
             # A manifest has a kilobyte of padding and names of boxes that nobody signs.
@@ -111,6 +111,21 @@ def test_a_changed_file_is_told_from_a_changed_manifest(marker, files, name):
                 assert read_marks(bytes(damaged)) == read_marks(data)
                 assert _decoded(bytes(damaged)) == _decoded(data)
     assert {"edited", "broken"} <= states
+
+
+def test_a_manifest_copied_into_another_picture_shows_nothing_of_it(marker, files):
+    data = files["png None"]
+    start = data.index(b"caBX") - 4
+    chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4], "big")]
+    other = encode(picture(128, 128, seed=11), {})
+    verdict = marker.verify(other[:33] + chunk + other[33:])
+    assert (verdict.manifest.state, verdict.manifest.trusted) == ("edited", True)
+    assert verdict.shown is False
+    assert any("not of this file" in one for one in verdict.sentences)
+    # Around the very pixels that it speaks of, it shows what it says.
+    drawn = encode(PIXELS, {})
+    exact = marker.verify(drawn[:33] + chunk + drawn[33:])
+    assert (exact.manifest.state, exact.exact, exact.shown) == ("edited", True, True)
 
 
 def test_saving_anew_loses_the_manifest_and_keeps_the_watermark(marker, files):

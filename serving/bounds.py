@@ -16,8 +16,10 @@ from serving.card import ModelCard
 from serving.openai_schema import ImagesRequest
 from serving.wishes import GenerateRequest, StreamRequest
 
-PLAIN_LINE = r"^(?=.*\S)[^\u0000-\u001f\u007f-\u009f]+$"
-"""What `dermaflux.request` takes for a prompt: one line that is not blank."""
+_PRINTED = r"[^\u0000-\u001f\u007f-\u009f]*"
+PLAIN_LINE = rf"^{_PRINTED}[^\s\u0000-\u001f\u007f-\u009f]{_PRINTED}$"
+"""What `dermaflux.request` takes for a prompt: one line that is not blank. Without looking ahead,
+which programs that make texts from patterns cannot do in reasonable time."""
 
 
 def schemas(card: ModelCard, models: tuple[type[BaseModel], ...]) -> dict[str, Any]:

@@ -33,7 +33,6 @@ _HEADERS: Final = {
 }
 _FILE: Final = {"type": "string", "contentMediaType": "application/octet-stream"}
 TEXT: Final = {"text/plain": {"schema": {"type": "string"}}}
-_EVENTS: Final = {"text/event-stream": {"schema": {"type": "string"}}}
 _SALIENCY: Final = {
     "name": "saliency",
     "in": "query",
@@ -68,7 +67,13 @@ def stream() -> dict[str, Any]:
         "`progress` (StreamProgress), then an `image` (StreamImage) for each, or `error` "
         "(ErrorReply). Closing the connection stops the work. A reader that falls behind misses "
         "steps, never an image.",
-        "content": _EVENTS,
+        "content": _events(
+            queued="StreamStart",
+            position="StreamPosition",
+            progress="StreamProgress",
+            image="StreamImage",
+            error="ErrorReply",
+        ),
     }
     return {
         "summary": "Draw synthetic lesions and tell of the progress.",
@@ -83,7 +88,16 @@ def images() -> dict[str, Any]:
     reply = {
         "description": "The images; with `stream` events `image_generation.partial_image` "
         "(PartialEvent) and `image_generation.completed` (CompletedEvent).",
-        "content": {**json_of("ImagesReply"), **_EVENTS},
+        "content": {
+            **json_of("ImagesReply"),
+            **_events(
+                **{
+                    "image_generation.partial_image": "PartialEvent",
+                    "image_generation.completed": "CompletedEvent",
+                    "error": "OpenAIError",
+                }
+            ),
+        },
     }
     return {
         "summary": "Draw synthetic lesions, in the form of OpenAI's images API.",
@@ -157,6 +171,22 @@ def plain(description: str, content: dict[str, Any], *statuses: int) -> dict[str
 def json_of(model: str) -> dict[str, Any]:
     """Content in the form of a model."""
     return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model}"}}}
+
+
+def _events(**models: str) -> dict[str, Any]:
+    """A stream of events: the schema is that of one, whose data is JSON in the form of a model."""
+    forms = [{"$ref": f"#/components/schemas/{model}"} for model in models.values()]
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": forms},
+    }
+    one = {
+        "type": "object",
+        "required": ["event", "data"],
+        "properties": {"event": {"type": "string", "enum": list(models)}, "data": data},
+    }
+    return {"text/event-stream": {"schema": one}}
 
 
 def errors(*statuses: int) -> dict[str, Any]:

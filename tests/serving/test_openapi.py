@@ -159,7 +159,7 @@ def test_what_the_schema_takes_is_what_the_service_takes(
     validator = schema(document, name)
     chance = random.Random(0)
     counts = {True: 0, False: 0}
-    for _ in range(80):
+    for _ in range(50):
         body = some_body(chance, fields, lesion="images" not in path)
         # Small and short, where that is not what is being tried.
         body.setdefault("steps", 1)
@@ -167,4 +167,4 @@ def test_what_the_schema_takes_is_what_the_service_takes(
         valid = validator.is_valid(body)
         assert (reply.status_code == 200) == valid, (json.dumps(body), reply.text[:300])
         counts[valid] += 1
-    assert min(counts.values()) > 15
+    assert min(counts.values()) > 8

@@ -52,8 +52,8 @@ PROBE_SECONDS = 0.5
 SPARE = 10
 """Files that a pool may have opened for good; the callers have opened two hundred."""
 FLAT_BYTES = 24_000_000
-"""Of a service of 490 MB, over two rounds of 300 requests: pools and caches are full after the first,
-and 40 kB that stay of every request would be more. Measured: 3 MB."""
+"""Of a service of 490 MB, over two rounds of 300 requests: pools and caches are full after the
+first, and 40 kB that stay of every request would be more. Measured: 3 MB."""
 
 PROBER = """
 import http.client, json, sys, threading, time

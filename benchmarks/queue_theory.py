@@ -1,19 +1,20 @@
-"""What queueing theory expects of joining a batch, from measured costs, beside first come.
+"""What is to be expected of joining a batch beside first come, from measured costs.
 
-First come, first served is a queue M/G/1, whose mean Pollaczek and Khinchine gave. Those who share
+For given arrivals `simulated` goes through them step by step. For endless ones there is theory:
+first come, first served is a queue M/G/1, whose mean Pollaczek and Khinchine gave. Those who share
 a batch are served at once at a speed that grows with their number; the mean of such sharing does
 not depend on how lengths of requests are distributed (Kelly, 1979), so that of a chain of births
 and deaths is it. Beyond the limit requests wait in order, which the chain does not tell from
 sharing: that part is an approximation.
 
-    >>> predicted(0.8, costs(pipeline, (4, 20), time.monotonic), limit=4)
-    0.86
+    >>> long_run(0.8, costs(pipeline, (4, 20), time.monotonic), limit=4)
+    0.82
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,11 +36,14 @@ class Cost:
     gains: Gains
     rest: float
 
+    def step(self, batch: int) -> float:
+        """Seconds of a step of a batch; between measured batches by a line."""
+        batches, seconds = zip(*sorted(self.gains.seconds.items()), strict=True)
+        return float(np.interp(batch, batches, seconds))
+
     def seconds(self, steps: float, batch: int = 1) -> float:
-        """Of one request in a batch; between measured batches by a line."""
-        known = sorted(self.gains.seconds.items())
-        batches, seconds = zip(*known, strict=True)
-        return steps * float(np.interp(batch, batches, seconds)) / batch + self.rest
+        """Of the machine's time for one request in a batch."""
+        return steps * self.step(batch) / batch + self.rest
 
     @property
     def counts(self) -> range:
@@ -47,7 +51,7 @@ class Cost:
         return range(self.steps[0], self.steps[1] + 1)
 
 
-def predicted(share: float, cost: Cost, limit: int) -> float | None:
+def long_run(share: float, cost: Cost, limit: int) -> float | None:
     """Mean latency with `limit` over that of first come; None where first come has no mean.
 
     `share` is arrivals over what first come can do.
@@ -77,3 +81,23 @@ def costs(pipeline: Pipeline, steps: tuple[int, int], clock: Callable[[], float]
         pipeline.generate([pipeline.request("a lesion", seed=seed, steps=1)])
         spent.append(clock() - begin)
     return Cost(steps, found, max(0.0, min(spent) - found.seconds[1]))
+
+
+def simulated(dues: Sequence[float], steps: Sequence[int], limit: int, cost: Cost) -> list[float]:
+    """Latency of requests that are due at `dues`, ascending, and take `steps`."""
+    now, waiting, left = 0.0, list(range(len(dues)))[::-1], dict[int, int]()
+    latency = dict[int, float]()
+    while waiting or left:
+        if not left:
+            now = max(now, dues[waiting[-1]])
+        while waiting and len(left) < limit and dues[waiting[-1]] <= now:
+            index = waiting.pop()
+            left[index] = steps[index]
+        now += cost.step(len(left))
+        left = {index: count - 1 for index, count in left.items()}
+        done = [index for index, count in left.items() if count == 0]
+        now += cost.rest * len(done)
+        for index in done:
+            del left[index]
+            latency[index] = now - dues[index]
+    return [latency[index] for index in range(len(dues))]

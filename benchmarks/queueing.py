@@ -15,10 +15,11 @@ which others who use the machine hardly change, and pauses are skipped; an engin
 looks slower by it than it is. Progress goes to stderr; the last line of stdout is one JSON object.
 
 What to expect is worked out before anything is served (`benchmarks.queue_theory`), and is in the
-result as `predicted_mean_ratio`. In words: at half load, where there is mostly one request, joining
-changes little and may lose some hundredths, because a request that arrives halves the speed of the
-one before it; towards full load it wins what batches gain, and past what first come can do it still
-keeps up. Short requests win more than long ones.
+result: `predicted_mean_ratio` for these arrivals, `long_run_mean_ratio` for endless ones. In words:
+at half load, where there is mostly one request, joining changes little and may lose some
+hundredths, because a request that arrives halves the speed of the one before it; towards full load
+it wins what batches gain, and past what first come can do it still keeps up. Short requests win
+more than long ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -38,7 +39,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.latency import environment
-from benchmarks.queue_theory import costs, predicted
+from benchmarks.queue_theory import Cost, costs, long_run, simulated
 from dermaflux import files
 from dermaflux.command import ended
 from dermaflux.errors import DermaFluxError
@@ -169,9 +170,26 @@ def measure(
     return found
 
 
+def expected(
+    share: float, wanted: Sequence[Arrival], limit: int, cost: Cost
+) -> dict[str, float | None]:
+    """Mean latency with `limit` over that of first come: for these arrivals, and endless ones."""
+    steps = [one.request.steps for one in wanted]
+    rate = share * len(steps) / sum(cost.seconds(count) for count in steps)
+    dues = [one.due / rate for one in wanted]
+    joining, first_come = (
+        statistics.fmean(simulated(dues, steps, most, cost)) for most in (limit, FIRST_COME)
+    )
+    endless = long_run(share, cost, limit)
+    return {
+        "predicted_mean_ratio": round(joining / first_come, 3),
+        "long_run_mean_ratio": endless and round(endless, 3),
+    }
+
+
 def report(
     shares: Sequence[float], limit: int, sides: Sequence[Mapping[int, Side]],
-    predict: Callable[[float], float | None],
+    expectations: Mapping[float, Mapping[str, float | None]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """By share: medians over rounds of both sides' figures, and of ratios within a round."""
     table = []
@@ -193,13 +211,12 @@ def report(
             }
             for words, who in (("first_come", FIRST_COME), ("joining", limit))
         }
-        expected = predict(share)
         table.append(
             {
                 "share": share,
                 **medians,
                 **ratios,
-                "predicted_mean_ratio": expected and round(expected, 3),
+                **expectations[share],
                 "rounds": [{str(who): asdict(one) for who, one in r.items()} for r in rounds],
             }
         )
@@ -243,9 +260,9 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     clock = CLOCKS[options.clock]()
     cost = costs(pipeline, steps, clock.now)
     limit = options.limit or max(2, cost.gains.limit())
-    expected = {share: predicted(share, cost, limit) for share in options.shares}
-    print(f"limit {limit}; predicted ratios of means {expected}", file=sys.stderr)
     wanted = arrivals(pipeline, options.requests, steps, options.seed)
+    foretold = {share: expected(share, wanted, limit, cost) for share in options.shares}
+    print(f"limit {limit}; {foretold}", file=sys.stderr)
     sides = measure(pipeline, wanted, options.shares, limit, options.rounds, clock)
     choice = pipeline.choices["transformer"]
     result = {
@@ -264,7 +281,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
         "rest_ms": round(1e3 * cost.rest, 2),
         "limit_by_gains": cost.gains.limit(),
         "limit": limit,
-        "shares": report(options.shares, limit, sides, expected.__getitem__),
+        "shares": report(options.shares, limit, sides, foretold),
     }
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

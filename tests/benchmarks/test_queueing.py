@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.queue_theory import Cost, costs, predicted
+from benchmarks.queue_theory import Cost, costs, long_run, simulated
 from benchmarks.queueing import (
     Arrival,
     Clock,
     CpuClock,
     Side,
     arrivals,
+    expected,
     main,
     measure,
     report,
@@ -84,7 +85,15 @@ def test_the_prediction_is_what_a_long_queue_does(fake_pipeline, share):
     assert cost.rest == 0
     wanted = arrivals(clock.pipeline, 800, (1, 5), 1)
     (both,) = measure(clock.pipeline, wanted, [share], 4, 1, clock)
-    assert both[4].mean / both[1].mean == pytest.approx(predicted(share, cost, 4), rel=0.2)
+    assert both[4].mean / both[1].mean == pytest.approx(long_run(share, cost, 4), rel=0.2)
+    foretold = expected(share, wanted, 4, cost)["predicted_mean_ratio"]
+    assert both[4].mean / both[1].mean == pytest.approx(foretold, rel=0.02)
+
+
+def test_a_simulation_goes_through_arrivals():
+    cost = Cost((2, 2), Gains((64, 64), {1: 1.0, 2: 1.5}), 0.25)
+    assert simulated([0, 0.5, 10], [2, 2, 2], 1, cost) == pytest.approx([2.25, 4.0, 2.25])
+    assert simulated([0, 0.5, 10], [2, 2, 2], 2, cost) == pytest.approx([2.75, 3.5, 2.25])
 
 
 def flat_and_steep(rest: float) -> tuple[Cost, Cost]:
@@ -94,11 +103,11 @@ def flat_and_steep(rest: float) -> tuple[Cost, Cost]:
 
 def test_without_gains_sharing_is_no_better_than_order():
     flat, steep = flat_and_steep(0.0)
-    assert predicted(0.8, flat, 4) > 1
-    assert predicted(0.8, steep, 4) < 0.7
-    assert predicted(1.0, flat, 4) is None
+    assert long_run(0.8, flat, 4) > 1
+    assert long_run(0.8, steep, 4) < 0.7
+    assert long_run(1.0, flat, 4) is None
     # What batches do not share takes from what they gain.
-    assert predicted(0.8, steep, 4) < predicted(0.8, flat_and_steep(12.0)[1], 4)
+    assert long_run(0.8, steep, 4) < long_run(0.8, flat_and_steep(12.0)[1], 4)
 
 
 def test_processor_time_skips_pauses():
@@ -116,7 +125,7 @@ def test_ratios_are_within_rounds():
         {1: Side(20, 40, 0.1), 4: Side(5, 30, 0.1)},
         {1: Side(2, 4, 1), 4: Side(3, 3, 1.1)},
     ]
-    (row,) = report([0.8], 4, sides, lambda _: 0.5)
+    (row,) = report([0.8], 4, sides, {0.8: {"predicted_mean_ratio": 0.5}})
     assert (row["median_mean_ratio"], row["median_p95_ratio"]) == (0.5, 0.75)
     assert row["first_come"]["mean"] == 2
     assert row["predicted_mean_ratio"] == 0.5

@@ -564,7 +564,7 @@ def test_hundreds_of_random_callers_are_neither_lost_nor_mixed_up(house, fake_pi
     async def caller(number: int) -> str:
         asked = [wanted() for _ in range(chance.choice((1, 1, 1, 2, 4)))]
         heard: list[News] = []
-        for _ in range(chance.randrange(60)):
+        for _ in range(chance.randrange(20)):
             await asyncio.sleep(0)
         try:
             ticket = here.drawing.submit(
@@ -597,15 +597,15 @@ def test_hundreds_of_random_callers_are_neither_lost_nor_mixed_up(house, fake_pi
         return "done"
 
     async def crowd() -> None:
-        for start in range(0, 600, 30):
+        for start in range(0, 300, 30):
             together = [caller(number) for number in range(start, start + 30)]
             for outcome in await asyncio.gather(*together):
                 outcomes[outcome] = outcomes.get(outcome, 0) + 1
 
     asyncio.run(crowd())
-    assert sum(outcomes.values()) == 600
+    assert sum(outcomes.values()) == 300
     assert set(outcomes) == {"busy", "late", "left", "failed", "done"}
-    assert outcomes["done"] > 100
+    assert outcomes["done"] > 50
     assert here.drawing.drained(SECONDS)
     now = here.drawing.snapshot()
     assert (now.waiting, now.running, now.backlog_seconds) == (0, 0, 0)

@@ -205,7 +205,7 @@ def test_wherever_a_kill_comes_the_next_start_mends(site):
     lines = site.lines
     site.fill(1)
     last = site.lines[3]
-    cuts = [1, 2, *range(3, len(last) - 2, 9), len(last) - 2, len(last) - 1]
+    cuts = [1, 2, *range(3, len(last) - 2, 23), len(last) - 2, len(last) - 1]
     for cut in cuts:
         site.rewrite([*lines, last[:cut]])
         (site.folder / "head.json").write_bytes(head)

@@ -7,229 +7,167 @@ Real pictures of the datasets, resized to the sizes that are drawn (256 and 512 
 so smoother than photographs of that size), and pictures that the bundle draws, are marked, harmed
 and looked at again. Every real picture as it is, and pictures drawn, are looked at unmarked, for
 false alarms; and their coefficients are scored under many more keys. What a classifier could learn
-of the mark is asked by `benchmarks.watermark_shortcut`. Progress goes to stderr; the last line of
+of the mark is asked by `benchmarks.watermark_shortcut`. Each part is in `--out` as soon as it is
+measured, and the same command goes on with what is left. Progress goes to stderr; the last line of
 stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.batch import lesions
 from benchmarks.latency import environment
+from benchmarks.watermark_figures import KEY, Alarms, Pixels, marked, pieces, speed, survival
 from benchmarks.watermark_shortcut import shortcut
 from dermaflux import files
 from dermaflux.command import ended
 from dermaflux.dataset import Record, read
 from dermaflux.errors import DatasetError
-from dermaflux.images import encode
-from dermaflux.marks import Keys, crops
-from dermaflux.marks.credentials import Credentials
-from dermaflux.marks.spectrum import coefficients, luminance
-from dermaflux.marks.symbols import Signs
 from dermaflux.marks.watermark import ALARM, Watermark
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import caption
 
-Pixels = NDArray[np.uint8]
-Harm = Callable[[Pixels], Pixels]
-
-KEY: Final = b"the key of this benchmark"
-PAYLOAD: Final = b"\x01\x02\x03\x04"
-RECORD: Final = {"bundle": "sha256:" + "5f" * 32, "seed": "7", "pixels_sha256": "5f" * 32}
 SIZES: Final = (128, 256, 512)
-PARTS: Final = (0.9, 0.75, 0.5)
+PART: Final = 500
+"""Unmarked pictures that are looked at before what was found is written."""
+_CUT: Final = "unmarked real, cut"
 
 
-def jpeg(quality: int) -> Harm:
-    """Saved as JPEG with Pillow's usual chroma subsampling."""
+@dataclass(frozen=True)
+class Pictures:
+    """Where pictures come from; each kind is read or drawn when it is first asked for."""
 
-    def harmed(pixels: Pixels) -> Pixels:
-        stream = io.BytesIO()
-        Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
-        with Image.open(stream) as picture:
-            return np.asarray(picture)
+    folders: tuple[Path, ...]
+    bundle: Path
+    count: int
+    most: int
 
-    return harmed
+    @cached_property
+    def records(self) -> list[tuple[Path, Record]]:
+        """All pictures of the datasets."""
+        found = [(folder / one.file_name, one) for folder in self.folders for one in read(folder)]
+        if not found:
+            raise DatasetError("there are no pictures; name a dataset with --data")
+        return found
 
+    @cached_property
+    def drawn(self) -> list[Pixels]:
+        """`count` pictures that the bundle draws, of a spread of attributes."""
+        pipeline = Pipeline.open(self.bundle)
+        wanted = lesions(self.count)
+        asked = [pipeline.request(caption(one), seed) for seed, one in enumerate(wanted)]
+        return [
+            image
+            for start in tqdm(range(0, self.count, 8), desc="drawing")
+            for image in pipeline.generate(asked[start : start + 8])
+        ]
 
-def scaled(factor: float) -> Harm:
-    """Resized by `factor` with bicubic interpolation, and not back."""
+    def real(self, side: int, count: int) -> list[Pixels]:
+        """`count` pictures from all over the datasets, as squares of `side`."""
+        rows = _spread(len(self.records), count)
+        return [_picture(self.records[row][0], side) for row in rows]
 
-    def harmed(pixels: Pixels) -> Pixels:
-        height, width = (round(side * factor) for side in pixels.shape[:2])
-        size = (width, height)
-        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
-
-    return harmed
-
-
-def noisy(pixels: Pixels) -> Pixels:
-    """Normal noise of 5 grey levels on every value."""
-    noise = np.random.default_rng(pixels.size).normal(0, 5, pixels.shape)
-    return np.clip(np.rint(pixels + noise), 0, 255).astype(np.uint8)
-
-
-HARMS: Final[dict[str, Sequence[Harm]]] = {
-    "nothing": (),
-    "JPEG 75": (jpeg(75),),
-    "JPEG 50": (jpeg(50),),
-    "JPEG 30": (jpeg(30),),
-    "resized to 50 %": (scaled(0.5),),
-    "resized to 73 %": (scaled(0.73),),
-    "resized to 200 %": (scaled(2.0),),
-    "resized to 50 %, JPEG 75": (scaled(0.5), jpeg(75)),
-    "resized to 200 %, JPEG 50": (scaled(2.0), jpeg(50)),
-    "noise of 5 grey levels": (noisy,),
-}
+    def unmarked(self) -> Iterator[list[Path]]:
+        """At most `most` pictures, in parts."""
+        rows = _spread(len(self.records), self.most)
+        for start in range(0, len(rows), PART):
+            yield [self.records[row][0] for row in rows[start : start + PART]]
 
 
-def marked(pictures: Sequence[Pixels]) -> tuple[list[Pixels], dict[str, Any]]:
-    """The pictures with the mark, and how far from them they are."""
-    from skimage import metrics
-
-    similarity: Any = metrics.structural_similarity  # untyped
-
-    mark = Watermark(KEY)
-    made = [mark.embed(one, PAYLOAD) for one in tqdm(pictures, desc="marking")]
-    psnr = [one.psnr_db for one in made if one.psnr_db is not None]
-    ssim = [
-        similarity(before, after.pixels, channel_axis=2)
-        for before, after in zip(pictures, made, strict=True)
-    ]
-    return [one.pixels for one in made], {
-        "pictures": len(made),
-        "psnr_db": {"median": _round(np.median(psnr)), "worst": _round(min(psnr))},
-        "ssim": {"median": _round(np.median(ssim), 4), "worst": _round(min(ssim), 4)},
-        "at_least_40_db": _share(value >= 40 for value in psnr),
-        "sure": _share(one.sure for one in made),
-    }
+def run(options: argparse.Namespace) -> None:
+    """Measure what is not in `--out` yet, part by part."""
+    given = Pictures(
+        tuple(options.data), options.bundle, options.pictures, options.unmarked
+    )  # fmt: skip
+    asked = {name: getattr(options, name)
+             for name in ("pictures", "unmarked", "cut", "keys", "epochs")}  # fmt: skip
+    kept = _kept(options.out, asked)
+    for name, work in tqdm(list(sections(given, options)), desc="parts"):
+        if name not in kept:
+            kept[name] = work()
+            _write(options.out, {"asked": asked, **kept})
+    result = {"environment": environment(), "alarm_p_value": ALARM, "asked": asked, **_summed(kept)}
+    _write(options.out, result)
+    print(json.dumps(result))
 
 
-def survival(pictures: Sequence[Pixels]) -> dict[str, Any]:
-    """How many marked pictures are still known after each harm."""
-    mark = Watermark(KEY)
-    told = {}
-    for name, harms in tqdm(HARMS.items(), desc="harms"):
-        found = []
-        for one in pictures:
-            for harm in harms:
-                one = harm(one)
-            found.append(mark.find(one))
-        scores = [one.score for one in found]
-        told[name] = {
-            "present": _share(one.present for one in found),
-            "payload": _share(one.payload == PAYLOAD for one in found),
-            "score_median": _round(np.median(scores)),
-            "score_worst": _round(min(scores)),
-        }
-    return told
+def sections(
+    given: Pictures, options: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Names of all parts and what measures them, the most wanted first."""
+    for number, paths in enumerate(given.unmarked()):
+        yield f"unmarked real {number}", partial(_unmarked, paths, options.keys, 0)
+    yield "shortcut", lambda: shortcut(
+        [
+            (_picture(path, 128), one.label, one.split)
+            for path, one in given.records
+            if path.is_relative_to(given.folders[0])
+        ],
+        Watermark(KEY), given.bundle, epochs=options.epochs,
+    )  # fmt: skip
+    for side in SIZES:
+        yield f"real, {side} px", partial(_marked_real, given, side)
+    yield "drawn", lambda: _marked(given.drawn)
+    cut = [path for paths in given.unmarked() for path in paths][: options.cut]
+    yield _CUT, partial(_unmarked, cut, options.keys, options.cut)
+    yield "unmarked drawn", lambda: Alarms.of(given.drawn, options.keys, cut=0).told()
+    yield "speed", lambda: speed({side: given.real(side, 20) for side in SIZES})
 
 
-def pieces(pictures: Sequence[Pixels], *, quality: int = 75) -> dict[str, Any]:
-    """How many pieces of marked pictures are known, cut anywhere and saved as JPEG."""
-    mark, dice = Watermark(KEY), np.random.default_rng(0)
-    told = {}
-    for part in tqdm(PARTS, desc="pieces"):
-        found = [crops.find(mark, jpeg(quality)(_cut(one, part, dice))) for one in pictures]
-        told[f"{part:.0%} of each side"] = _share(one is not None and one.found.present
-                                                  for one in found)  # fmt: skip
-    return told
+def _unmarked(paths: Sequence[Path], keys: int, cut: int) -> dict[str, Any]:
+    shown = tqdm(map(_picture, paths), total=len(paths), desc="unmarked", leave=False)
+    return asdict(Alarms.of(shown, keys, cut=cut))
 
 
-def alarms(pictures: Iterable[Pixels], keys: int, *, cut: int) -> dict[str, Any]:
-    """What unmarked pictures score: in a whole search, under many keys, and `cut` of them cut."""
-    mark, dice = Watermark(KEY), np.random.default_rng(1)
-    signs = np.stack([Signs.of(b"another key %d" % n, 64).base.ravel() for n in range(keys)])
-    signs = signs.astype(np.float32)
-    smallest: list[float] = []
-    scores: list[NDArray[Any]] = []
-    piece: list[float] = []
-    for one in tqdm(pictures, desc="unmarked"):
-        smallest.append(mark.find(one).p_value)
-        seen = coefficients(luminance(one), 64).ravel()
-        length = max(float(np.sqrt(np.sum(seen * seen))), 1e-9)
-        scores.append(signs @ seen / length)
-        if len(piece) < cut:
-            crop = crops.find(mark, _cut(one, 0.75, dice), [(256, 256), (512, 512)])
-            piece += [] if crop is None else [crop.found.p_value]
-    every = np.concatenate(scores)
-    return {
-        "pictures": len(smallest),
-        "alarms": int(sum(p <= ALARM for p in smallest)),
-        "p_value_at_most_1e-2": int(sum(p <= 1e-2 for p in smallest)),
-        "p_value_smallest": min(smallest),
-        "pieces": len(piece),
-        "alarms_of_pieces": int(sum(p <= ALARM for p in piece)),
-        "p_value_smallest_of_pieces": min(piece, default=None),
-        "scores_under_other_keys": {
-            "keys": keys,
-            "scores": every.size,
-            "mean": _round(every.mean(), 4),
-            "deviation": _round(every.std(), 4),
-            "largest": _round(every.max()),
-            "over_4": int((every > 4).sum()),
-            "over_4_if_normal": _round(every.size * 3.167e-5, 1),
-        },
-    }
+def _marked_real(given: Pictures, side: int) -> dict[str, Any]:
+    return _marked(given.real(side, given.count))
 
 
-def speed(pictures: dict[int, list[Pixels]]) -> dict[str, Any]:
-    """Median milliseconds on one thread, and bytes that a signature adds."""
-    told: dict[str, Any] = {}
-    mark = Watermark(KEY)
-    with tempfile.TemporaryDirectory() as folder:
-        credentials = Credentials(Keys.open(Path(folder) / "keys"))
-        for size, some in pictures.items():
-            plain = [encode(one, {"seed": "7"}) for one in some]
-            signed = [credentials.sign(one, "png", RECORD) for one in plain]
-            told[f"{size} px"] = {
-                "watermark_ms": _milliseconds(mark.embed, some),
-                "find_ms": _milliseconds(mark.find, some),
-                "find_piece_ms": _milliseconds(partial(crops.find, mark), some),
-                "sign_png_ms": _milliseconds(
-                    partial(credentials.sign, form="png", record={}), plain
-                ),
-                "read_png_ms": _milliseconds(partial(credentials.read, form="png"), signed),
-            }
-            told["signature_bytes"] = len(signed[0]) - len(plain[0])
-    return told
+def _marked(pictures: Sequence[Pixels]) -> dict[str, Any]:
+    after, told = marked(pictures)
+    return {**told, "found_after": survival(after), "pieces_jpeg_75": pieces(after)}
 
 
-def drawn(bundle: Path, count: int) -> list[Pixels]:
-    """Pictures that the bundle draws, of a spread of attributes."""
-    pipeline = Pipeline.open(bundle)
-    asked = [pipeline.request(caption(one), seed) for seed, one in enumerate(lesions(count))]
-    return [
-        image
-        for start in tqdm(range(0, count, 8), desc="drawing")
-        for image in pipeline.generate(asked[start : start + 8])
-    ]
+def _summed(kept: dict[str, Any]) -> dict[str, Any]:
+    """The result, with the parts of the unmarked real pictures added up."""
+    parts = [name for name in kept if name.startswith("unmarked real")]
+    whole, *others = (Alarms(**kept[name]) for name in parts if name != _CUT)
+    told = {"unmarked real": sum(others, start=whole).told(), _CUT: Alarms(**kept[_CUT]).told()}
+    return told | {name: value for name, value in kept.items() if name not in parts}
 
 
-def listed(folders: Sequence[Path]) -> list[tuple[Path, Record]]:
-    """All pictures of the datasets."""
-    found = [(folder / one.file_name, one) for folder in folders for one in read(folder)]
-    if not found:
-        raise DatasetError("there are no pictures; name a dataset with --data")
-    return found
+def _kept(out: Path | None, asked: dict[str, int]) -> dict[str, Any]:
+    """The parts that an earlier call of the same settings left; a whole result is begun anew."""
+    if out is None or not out.exists():
+        return {}
+    found = json.loads(out.read_bytes())
+    if "unmarked real" in found:
+        return {}
+    if found.pop("asked") != asked:
+        raise DatasetError(
+            f"{out} has parts of other settings; move it away, or name another --out"
+        )
+    return dict(found)
 
 
-def picture(path: Path, side: int | None = None) -> Pixels:
+def _write(out: Path | None, result: dict[str, Any]) -> None:
+    if out is not None:
+        files.write(out, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _picture(path: Path, side: int | None = None) -> Pixels:
     """uint8 [h, w, 3], squashed to a square of `side`."""
     with Image.open(path) as one:
         rgb = one.convert("RGB")
@@ -238,60 +176,8 @@ def picture(path: Path, side: int | None = None) -> Pixels:
         return np.asarray(rgb)
 
 
-def run(options: argparse.Namespace) -> None:
-    everything = listed(options.data)
-    some = [everything[i][0] for i in _spread(len(everything), options.pictures)]
-    real = {size: [picture(path, size) for path in some] for size in SIZES}
-    synthetic = drawn(options.bundle, options.pictures)
-    result: dict[str, Any] = {"environment": environment(), "alarm_p_value": ALARM}
-    sets = {f"real, {size} px": ones for size, ones in real.items()}
-    sets[f"drawn, {len(synthetic[0])} px"] = synthetic
-    for name, ones in sets.items():
-        after, told = marked(ones)
-        result[name] = {**told, "found_after": survival(after), "pieces_jpeg_75": pieces(after)}
-    unmarked = [everything[i][0] for i in _spread(len(everything), options.unmarked)]
-    result["unmarked real"] = alarms(map(picture, unmarked), options.keys, cut=options.cut)
-    result["unmarked drawn"] = alarms(synthetic, options.keys, cut=0)
-    result["speed"] = speed({size: ones[:20] for size, ones in real.items()})
-    records = [(path, one) for path, one in everything if path.is_relative_to(options.data[0])]
-    result["shortcut"] = shortcut(
-        [(picture(path, 128), one.label, one.split) for path, one in records], Watermark(KEY),
-        options.bundle, epochs=options.epochs,
-    )  # fmt: skip
-    line = json.dumps(result)
-    if options.out is not None:
-        files.write(options.out, (json.dumps(result, indent=1) + "\n").encode())
-    print(line)
-
-
-def _milliseconds(work: Callable[[Any], object], ones: Sequence[Any]) -> float:
-    work(ones[0])
-    times = []
-    for one in ones:
-        started = time.perf_counter()
-        work(one)
-        times.append(time.perf_counter() - started)
-    return _round(1e3 * np.median(times))
-
-
-def _cut(pixels: Pixels, part: float, dice: np.random.Generator) -> Pixels:
-    height, width = (round(side * part) for side in pixels.shape[:2])
-    top = int(dice.integers(pixels.shape[0] - height + 1))
-    left = int(dice.integers(pixels.shape[1] - width + 1))
-    return np.ascontiguousarray(pixels[top : top + height, left : left + width])
-
-
 def _spread(total: int, count: int) -> list[int]:
     return [int(i) for i in np.linspace(0, total - 1, min(count, total))]
-
-
-def _share(values: Iterable[bool]) -> float:
-    found = list(values)
-    return _round(sum(found) / len(found), 4)
-
-
-def _round(value: float | np.floating[Any], digits: int = 2) -> float:
-    return round(float(value), digits)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -187,7 +187,8 @@ def _pixels(pictures: Pixels) -> Vectors:
 def _rings(pictures: Pixels) -> Vectors:
     """The logarithm of the mean energy in 32 rings of frequencies."""
     waves = basis(pictures.shape[1], 96)
-    ring = (np.hypot(*np.mgrid[:96, :96]) / 3).astype(int).ravel()
+    count = len(waves)
+    ring = (np.hypot(*np.mgrid[:count, :count]) / 3).astype(int).ravel()
     size = np.bincount(ring)
     rows = []
     for one in pictures:

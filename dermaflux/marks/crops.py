@@ -93,8 +93,7 @@ def _place(even: Floats, key: bytes, size: tuple[int, int]) -> tuple[float, int,
     central limit theorem they are normal where there is no mark.
     """
     signs = Signs.of(key, bandwidth_of(*size))
-    pilot = np.where(signs.pilot, signs.base, 0).astype(np.float32)
-    pattern = np.fft.rfft2(drawn(pilot, *size))
+    pattern = np.fft.rfft2(drawn(signs.piloted, *size))
     seen = np.fft.rfft2(even, s=size)
     # The padding to the original's size spreads every frequency over its neighbours, so the scale
     # is taken over as many more.

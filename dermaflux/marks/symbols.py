@@ -34,14 +34,15 @@ PAYLOAD_FROM: Final = 128
 class Signs:
     """The signs of one key at one bandwidth; all arrays are [bandwidth, bandwidth].
 
-    `base` is int8 in -1, 0 (outside the band), 1; `pilot` says which coefficients carry no payload;
-    `symbol` and `column` say of the others which symbol they belong to and which column of the
-    matrix they are.
+    `base` is int8 in -1, 0 (outside the band), 1; `pilot` says which coefficients carry no payload,
+    and `piloted` has the signs of those alone, float32; `symbol` and `column` say of the others
+    which symbol they belong to and which column of the matrix they are.
     """
 
     key: bytes
     base: NDArray[np.int8]
     pilot: NDArray[np.bool_]
+    piloted: Floats
     symbol: NDArray[np.uint8]
     column: NDArray[np.uint8]
 
@@ -63,9 +64,9 @@ class Signs:
         Whatever the picture is, over random keys this is a sum of independent signs with known
         weights: it exceeds t with a probability of at most exp(-t^2 / 2) (Hoeffding 1963).
         """
-        weights = np.where(self.pilot, found, 0).astype(np.float64)
-        length = np.sqrt(np.sum(weights * weights))
-        return float(np.sum(weights * self.base) / length) if length > 0 else 0.0
+        agreed = (found * self.piloted).astype(np.float64)
+        length = np.sqrt(np.sum(agreed * agreed))
+        return float(agreed.sum() / length) if length > 0 else 0.0
 
     def read(self, found: Floats) -> bytes | None:
         """The payload that coefficients carry, or None where its check does not come out."""
@@ -92,7 +93,8 @@ def _signs(key: bytes, bandwidth: int) -> Signs:
     first, column, third = drawn.reshape(3, bandwidth, bandwidth)
     base = np.where(first & 1, 1, -1).astype(np.int8) * band(bandwidth)
     pilot = (first & 2 > 0) if bandwidth >= PAYLOAD_FROM else np.ones_like(first, bool)
-    return Signs(key, base, pilot, third % SYMBOLS, column)
+    piloted = np.where(pilot, base, 0).astype(np.float32)
+    return Signs(key, base, pilot, piloted, third % SYMBOLS, column)
 
 
 def _parity(values: NDArray[np.uint8]) -> NDArray[np.bool_]:

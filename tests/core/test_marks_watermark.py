@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dermaflux.marks import crops
+from dermaflux.marks import crops, watermark
 from dermaflux.marks.spectrum import band, basis
 from dermaflux.marks.symbols import Signs
 from dermaflux.marks.watermark import ALARM, MIN_SIDE, Watermark, chance, psnr
@@ -107,6 +107,14 @@ def test_the_same_pixels_get_the_same_mark():
 def test_how_a_picture_was_turned_is_told(marked, turned, view):
     found = MARK.find(np.ascontiguousarray(turned(marked[256, 256].pixels)))
     assert (found.view, found.payload) == (view, PAYLOAD)
+
+
+def test_scores_of_views_are_those_of_the_picture_turned_back():
+    seen = np.random.default_rng(5).normal(0, 1, (128, 128)).astype(np.float32)
+    signs = Signs.of(KEY, 128)
+    scores = watermark._scores(seen, signs)
+    for name, view in watermark._VIEWS.items():
+        assert scores[name] == pytest.approx(signs.score(watermark._undone(seen, *view)))
 
 
 def test_another_key_finds_nothing_and_old_keys_are_looked_for(marked):

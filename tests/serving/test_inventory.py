@@ -42,6 +42,11 @@ def bundle(tmp_path) -> Bundle:
 def assert_valid(document) -> None:
     error = JsonStrictValidator(SchemaVersion.V1_6).validate_str(written(document))
     assert error is None, error
+    assert_linked(document)
+
+
+def assert_linked(document) -> None:
+    """Every reference is told once, and every one that is followed is told."""
     references = []
 
     def collect(components) -> None:
@@ -57,7 +62,10 @@ def assert_valid(document) -> None:
 
 def test_the_software_bill_is_valid_whole_and_reproducible(packages):
     document = software(packages, "1.2.3")
-    assert_valid(document)
+    assert_linked(document)
+    # Of each form one: the validator takes a tenth of a second for every component.
+    forms = {(o.licence, bool(o.home), bool(o.issues), bool(o.maker)): o for o in packages}
+    assert_valid(software([replace(one, needs=()) for one in forms.values()], "1.2.3"))
     assert written(document) == written(software(shipped(ROOT), "1.2.3"))
     assert "timestamp" not in document["metadata"]
     few = [replace(packages[0], needs=())]

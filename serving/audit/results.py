@@ -21,15 +21,15 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def known(self, value: str) -> bool:
+    def known(self, sha256: str) -> bool:
         """Whether a line has this sha256, in hex, among its results. Seals are not looked at.
 
         Raises:
             OSError: the log cannot be read.
         """
-        if not RESULT.fullmatch(value) or not self._folder.is_dir():
+        if not RESULT.fullmatch(sha256) or not self._folder.is_dir():
             return False
-        return any(_in_file(file, value) for file in reversed(files_of(self._folder)))
+        return any(_in_file(file, sha256) for file in reversed(files_of(self._folder)))
 
 
 def _in_file(file: Path, value: str) -> bool:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -21,8 +20,8 @@ SOON: Final = timedelta(days=30)
 """What expires within it is told: a hospital's certificate takes weeks to come."""
 WEAK_RSA: Final = 2048
 """Bits below which an RSA key is told (NIST SP 800-57: 112 bits of security)."""
-_SIGNING: Final = ("marks", "provenance", "provenance_key", "audit_key")
-"""Settings that name a key, or a folder with keys and certificates."""
+KEYS: Final = "keys"
+"""The folder of keys within that of the marks."""
 
 
 def api_keys(settings: Settings, now: datetime) -> list[Finding]:
@@ -113,34 +112,17 @@ def certificates(about: str, file: Path, now: datetime) -> list[Finding]:
 def signing(settings: Settings, now: datetime) -> list[Finding]:
     """The keys with which pictures are signed and the audit log is sealed, where there are any."""
     found: list[Finding] = []
-    for name in _SIGNING:
-        place = planned(settings, name)
-        if not isinstance(place, Path):
-            continue
-        if not place.exists():
-            words = f"{place} is not there yet: the service makes it when it starts"
-            found.append(Finding(name, NOTE, words))
-        for file in _secret_files(place):
-            found += private(name, file)
-        for file in _certificate_files(place):
-            found += certificates(name, file, now)
-        if place.exists() and not any(one.about == name for one in found):
-            found.append(Finding(name, OK, f"{place} is its owner's alone; keep a copy elsewhere"))
+    marks, seal = planned(settings, "marks"), planned(settings, "audit_key")
+    if isinstance(marks, Path):
+        from dermaflux.marks import keys
+
+        listed = keys.findings(marks / KEYS, now)
+        found += [Finding("marks", one.state, one.words) for one in listed]
+    if isinstance(seal, Path) and seal.exists():
+        wrong = private("audit key", seal)
+        words = f"{seal} is its owner's alone; keep a copy elsewhere"
+        found += wrong or [Finding("audit key", OK, words)]
     return found
-
-
-def _secret_files(place: Path) -> Iterable[Path]:
-    if place.is_file():
-        return [place]
-    return sorted(file for file in place.rglob("*") if file.is_file() and "key" in file.name)
-
-
-def _certificate_files(place: Path) -> Iterable[Path]:
-    """PEM files with a certificate in them, below a folder."""
-    if not place.is_dir():
-        return []
-    found = (file for file in place.rglob("*") if file.suffix in (".pem", ".crt", ".cer"))
-    return sorted(file for file in found if b"BEGIN CERTIFICATE" in file.read_bytes())
 
 
 def _new(name: str, roles: str = ",".join(keyring.ROLES)) -> str:

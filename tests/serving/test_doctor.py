@@ -17,9 +17,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 from dermaflux.bundle import Bundle
+from dermaflux.marks.keys import Keys
 from serving.audit.ending import files_of
 from serving.audit.log import AuditLog, Rules
 from serving.audit.record import Event
+from serving.audit.secret import add
 from serving.doctor import machine
 from serving.doctor.__main__ import main
 from serving.doctor.report import report
@@ -38,7 +40,7 @@ class Site(Settings):
     classifier: bool = True
     audit: Path | None = None
     audit_key: Path | None = None
-    provenance: Path | None = None
+    marks: Path | None = None
 
 
 @pytest.fixture(scope="module")
@@ -184,15 +186,23 @@ def test_certificates(look, tmp_path):
     )
 
 
-def test_keys_that_sign(look, tmp_path):
-    place = tmp_path / "signing"
-    assert look("provenance") == []
-    assert "makes it when it starts" in look("provenance", provenance=place)[0][1]
-    certificate(place, days=3)
-    states = [(state, mend) for state, _, mend in look("provenance", provenance=place)]
-    assert states[0][0] == "note"  # three days
-    (place / "tls.key").chmod(0o604)
-    assert look("provenance", provenance=place)[0][2] == f"chmod 600 {place / 'tls.key'}"
+def test_keys_that_sign_and_seal(look, tmp_path):
+    place = tmp_path / "marks"
+    assert look("marks") == []
+    assert "made at the first start" in look("marks", marks=place)[0][1]
+    Keys.open(place / "keys")
+    today = datetime.now(UTC)
+    assert [state for state, _, _ in look("marks", today, marks=place)] == ["ok"]
+    assert look("marks", today + timedelta(days=36_500), marks=place)[0][0] == "fail"
+    (place / "keys/key.pem").chmod(0o644)
+    assert look("marks", today, marks=place)[-1][0] == "note"
+
+    seal = tmp_path / "audit.key"
+    assert look("audit key", audit_key=seal) == []
+    add(seal)
+    assert look("audit key", audit_key=seal)[0][0] == "ok"
+    seal.chmod(0o604)
+    assert look("audit key", audit_key=seal)[0][2] == f"chmod 600 {seal}"
 
 
 def test_the_audit_log(look, tmp_path):

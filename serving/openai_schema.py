@@ -11,8 +11,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from dermaflux.flow import MAX_SEED
 from dermaflux.images import Form
+from serving.wishes import WHOLE, Count, Seed
 
 DEFAULT_FORM: Final[Form] = "png"
 
@@ -41,18 +41,18 @@ class ImagesRequest(BaseModel):
         "`free-text`. At most 2,000 characters."
     )
     model: _Text | None = Field(default=None, description="Name or identity of the bundle.")
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Count | None = None
     size: str | None = Field(
         default=None, description="WIDTHxHEIGHT in pixels, or auto: the bundle's default."
     )
     output_format: Form | None = None
-    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+    output_compression: Annotated[int, Field(ge=0, le=100), WHOLE] | None = Field(
         default=None,
         description="Quality of a jpeg or webp, 100 if not given; a webp of 100 is lossless.",
     )
     response_format: Literal["b64_json"] | None = None
     stream: bool | None = None
-    partial_images: Annotated[int, Field(ge=0, le=3)] | None = Field(
+    partial_images: Annotated[int, Field(ge=0, le=3), WHOLE] | None = Field(
         default=None, description="Small unfinished pictures of each image; with `stream` alone."
     )
     background: Literal["opaque", "auto"] | None = Field(default=None, description=_NONE)
@@ -65,13 +65,11 @@ class ImagesRequest(BaseModel):
     safety_identifier: _Text | None = Field(
         default=None, description=f"{_NONE} It is not looked at."
     )
-    seed: int | None = Field(
+    seed: Seed | None = Field(
         default=None,
-        ge=0,
-        le=MAX_SEED,
         description="Ours. Of the first image; the next ones have the next seeds.",
     )
-    steps: Annotated[int, Field(ge=1, le=2**31)] | None = Field(default=None, description="Ours.")
+    steps: Count | None = Field(default=None, description="Ours.")
     guidance: FiniteFloat | None = Field(default=None, description="Ours.")
 
     @field_validator("response_format", mode="before")

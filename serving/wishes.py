@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     FiniteFloat,
@@ -26,8 +27,17 @@ from dermaflux.prompt import DIAGNOSES, LABELS, VOCABULARY
 MAX_PREVIEWS = 8
 """Previews of one image; each is decoded between two steps, and holds the others up."""
 
+
+def _whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+"""JSON has no integers of its own: 20.0 is one by JSON Schema, and some programs write it so. It
+comes last in an annotation, or the bounds before it would be missing in the document."""
 # The bundle's own bounds are narrower; this keeps numbers of thousands of digits out.
-_Count = Annotated[int, Field(ge=1, le=2**31)]
+Count = Annotated[int, Field(ge=1, le=2**31), WHOLE]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
 
 
 class _Strict(BaseModel):
@@ -122,20 +132,18 @@ class GenerateRequest(_Strict):
         "other text only with the right `free-text`. At most 2,000 characters.",
     )
     lesion: LesionAttributes | None = None
-    seed: int | None = Field(
+    seed: Seed | None = Field(
         default=None,
-        ge=0,
-        le=MAX_SEED,
         description="Of the first image; drawn at random if not given. The next ones have the "
         "next seeds; after the largest comes 0.",
     )
-    steps: _Count | None = None
+    steps: Count | None = None
     guidance: FiniteFloat | None = None
-    width: _Count | None = Field(default=None, description="Pixels.")
-    height: _Count | None = Field(default=None, description="Pixels.")
-    n: _Count = Field(default=1, description="Images; with consecutive seeds.")
+    width: Count | None = Field(default=None, description="Pixels.")
+    height: Count | None = Field(default=None, description="Pixels.")
+    n: Count = Field(default=1, description="Images; with consecutive seeds.")
     format: Form = "png"
-    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+    quality: Annotated[int, Field(ge=1, le=100), WHOLE] | None = Field(
         default=None,
         description=f"Of jpeg, {JPEG_QUALITY} if not given; of webp, lossless if not given.",
     )
@@ -155,7 +163,7 @@ class GenerateRequest(_Strict):
 class StreamRequest(GenerateRequest):
     """The same, with previews on the way."""
 
-    previews: Annotated[int, Field(ge=0, le=MAX_PREVIEWS)] = Field(
+    previews: Annotated[int, Field(ge=0, le=MAX_PREVIEWS), WHOLE] = Field(
         default=0, description="Small unfinished pictures per image, evenly over its steps."
     )
 

@@ -74,6 +74,16 @@ def test_record_repeats_the_image(live: Live) -> None:
     assert (headers["x-dermaflux-engine"], headers["x-dermaflux-precision"]) == ("fake", "fp32")
 
 
+def test_whole_numbers_may_be_written_with_a_point(live: Live) -> None:
+    numbers = '"seed": 7.0, "steps": 2.0, "width": 96.0, "n": 1e0'
+    ask = f'{{"prompt": "{PROMPT}", {numbers}}}'
+    header = {"content-type": "application/json"}
+    reply = live.client.post("/v1/generate", content=ask, headers=header)
+    assert (reply.status_code, reply.headers["x-dermaflux-seed"]) == (200, "7")
+    plain = {"prompt": PROMPT, "seed": 7, "steps": 2, "width": 96}
+    assert live.client.post("/v1/generate", json=plain).content == reply.content
+
+
 def test_drawn_seeds_differ(live: Live) -> None:
     seeds = {
         live.client.post("/v1/generate", json={"prompt": PROMPT}).headers["x-dermaflux-seed"]
@@ -224,7 +234,7 @@ def test_lesion_becomes_a_caption(live: Live) -> None:
         ({"prompt": PROMPT, "n": 0}, "n"),
         ({"prompt": PROMPT, "n": 9}, "n"),
         ({"prompt": PROMPT, "n": None}, "n"),
-        ({"prompt": PROMPT, "n": 2.0}, "n"),
+        ({"prompt": PROMPT, "n": 2.5}, "n"),
         ({"prompt": PROMPT, "format": "gif"}, "format"),
         ({"prompt": PROMPT, "format": "PNG"}, "format"),
         ({"prompt": PROMPT, "format": "jpeg", "quality": 0}, "quality"),
@@ -310,7 +320,8 @@ def test_slow_bodies_are_refused() -> None:
         host, port = live.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as line:
             line.sendall(
-                b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\n"
                 b'Content-Length: 20\r\n\r\n{"prompt'
             )
             assert line.recv(1000).startswith(b"HTTP/1.1 408")
@@ -436,7 +447,7 @@ def test_client_that_leaves_stops_the_work_at_the_next_step(live: Live, path: st
     with live.brake.closed():
         with socket.create_connection((host, int(port))) as line:
             line.sendall(
-                f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n".encode()
                 + body
             )

@@ -88,8 +88,8 @@ def test_cards_have_the_form_that_is_told(
 
 
 VALUES: dict[str, list[Any]] = {
-    "seed": [0, 7, 2**53 - 1, 2**53, -1, 1.5, "7", True, None],
-    "steps": [1, 2, 3, 0, 51, None, "2"],
+    "seed": [0, 7.0, 2**53 - 1, 2**53, -1, 1.5, "7", True, None],
+    "steps": [1, 2.0, 3, 0, 51, None, "2"],
     "guidance": [0, 3.5, 30, 30.5, -1, None, "1"],
     "width": [32, 64, 48, 16, 40, 272, None],
     "height": [32, 48, 64, 0, None, "64"],

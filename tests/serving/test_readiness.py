@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -15,8 +17,11 @@ from dermaflux.bundle import Bundle
 from dermaflux.engines import Array, Arrays, fake
 from dermaflux.errors import BundleError, EngineError
 from dermaflux.pipeline import Pipeline
+from serving.app import SECURITY_HEADERS
 from serving.card import GoldenCard
-from serving.readiness import prove
+from serving.readiness import Readiness, prove
+from serving.replies import Refusal
+from serving.starting import starting
 from tests.core.test_doctor import with_golden
 from tests.serving.live import Live, picture, running, until
 from tests.serving.test_generate import error
@@ -116,6 +121,34 @@ def test_what_was_not_compared_serves_with_a_warning(
         assert live.client.get("/v1/model").json()["golden"]["words"] == told.words
     warned = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert any("not compared" in message for message in warned)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/"), ("GET", "/readyz"), ("POST", "/v1/generate"), ("PUT", "/a/b"), ("GET", "/%00")],
+)
+def test_before_there_is_an_app_every_address_says_why(method: str, path: str) -> None:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(starting(Readiness()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.request(method, path)
+
+    reply = asyncio.run(ask())
+    told = error(reply)
+    assert (reply.status_code, told["code"]) == (503, "not_ready")
+    assert "being loaded" in told["message"]
+    assert int(reply.headers["retry-after"]) >= 1
+    assert {name: reply.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
+
+
+def test_a_process_that_leaves_takes_nothing_more_and_says_so() -> None:
+    readiness = Readiness()
+    readiness.ready = True
+    readiness.require()
+    readiness.leave()
+    with pytest.raises(Refusal, match="about to end") as found:
+        readiness.require()
+    assert (found.value.status, "Retry-After" in found.value.headers) == (503, True)
 
 
 @pytest.fixture

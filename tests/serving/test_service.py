@@ -286,6 +286,8 @@ class Served:
     port: int
     process: subprocess.Popen[bytes]
     log: Path
+    first: str
+    """What its first reply was, while it was loading."""
 
     def classify(self) -> httpx.Response:
         kind = {"content-type": "image/png"}
@@ -311,16 +313,18 @@ def served(bento: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     address = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(base_url=address, trust_env=False, timeout=30) as client:
-            until(lambda: process.poll() is not None or ready(client), seconds=180)
+            told: list[httpx.Response] = []
+            until(lambda: process.poll() is not None or ready(client, told), seconds=180)
             assert process.poll() is None, log.read_text()
-            yield Served(client, port, process, log)
+            yield Served(client, port, process, log, told[0].text)
     finally:
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
 
 
 def test_built_bento_serves_from_another_folder(bento: Path, right: Bundle, served: Served) -> None:
     client = served.client
+    assert "The engines are being loaded and proved." in served.first
     card = client.get("/v1/model").json()
     assert card["bundle"] == right.id
     assert card["golden"]["result"] == "passed"
@@ -397,14 +401,15 @@ def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(served: Served
     """The last test of this service: a photograph is on its way when the signal comes."""
     data = picture(200)
     head = (
-        "POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
-        f"Content-Length: {len(data)}\r\n\r\n"
+        "POST /v1/classify HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n"
+        f"Content-Length: {len(data)}\r\nExpect: 100-continue\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", served.port)) as slow:
         slow.settimeout(60)
-        slow.sendall(head.encode() + data[:100])
-        # Answered over another connection, so the one above has been taken as well.
-        assert served.client.get("/readyz").status_code == 200
+        slow.sendall(head.encode())
+        # Said when the service begins to read the body.
+        assert slow.recv(1000).startswith(b"HTTP/1.1 100 ")
+        slow.sendall(data[:100])
         served.process.terminate()
         until(lambda: served.client.get("/readyz").status_code == 503)
         for reply in (served.client.get("/readyz"), served.classify(), served.generate()):
@@ -419,15 +424,16 @@ def test_a_service_that_is_told_to_end_finishes_what_it_has_begun(served: Served
                 break
     assert answer.startswith(b"HTTP/1.1 200"), answer
     assert b'"decision"' in answer
-    assert served.process.wait(30) == 0
+    assert served.process.wait(120) == 0
     assert "Traceback" not in served.log.read_text()
 
 
-def ready(client: httpx.Client) -> bool:
+def ready(client: httpx.Client, told: list[httpx.Response]) -> bool:
     try:
-        return client.get("/readyz", timeout=5).status_code == 200
+        told.append(client.get("/readyz", timeout=30))
     except httpx.TransportError:
         return False
+    return told[-1].status_code == 200
 
 
 def free_port() -> int:

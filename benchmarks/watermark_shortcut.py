@@ -3,7 +3,8 @@
 Two questions, asked of real pictures alone, so that the mark is the only difference:
 
 * Can it be told? Detectors learn the same pictures with and without the mark, and are tested on
-  others. This bounds what could leak into any classifier at this size.
+  others. This bounds what could leak into any classifier at this size. The same with a key of its
+  own for each picture shows what is left where there is no pattern to learn.
 * Is it learnt? A classifier learns benign and malignant while the mark stands in for "synthetic":
   on half of one class, on half of both, on all, on none. Then test pictures are marked, and what
   that does to its answers is the shortcut. On half of one class is what must not happen.
@@ -43,11 +44,15 @@ def shortcut(
     """
     plain = np.stack([one for one, _, _ in examples])
     marked = np.stack([mark.embed(one).pixels for one in plain])
+    scattered = np.stack([
+        Watermark(b"key %d" % number).embed(one).pixels for number, one in enumerate(plain)
+    ])  # fmt: skip
     malignant = np.array([label == "malignant" for _, label, _ in examples])
     test = np.array([split == "test" for _, _, split in examples])
     return {
         "pictures": {"train": int((~test).sum()), "test": int(test.sum())},
         "told_apart_auc": told_apart(plain, marked, test, epochs),
+        "told_apart_auc_with_a_key_a_picture": told_apart(plain, scattered, test, epochs),
         "learnt": learnt(plain, marked, malignant, test, epochs),
         "bundles_classifier": moved(plain[test], marked[test], malignant[test], bundle),
     }

@@ -71,7 +71,8 @@ def test_the_command_goes_on_where_it_stopped(tiny_bundle: Bundle, tmp_path: Pat
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(out.read_text()) == found
     assert found["unmarked real"]["pictures"] == 8
-    assert set(found["shortcut"]) == {"pictures", "told_apart_auc", "learnt", "bundles_classifier"}
+    told = {"told_apart_auc", "told_apart_auc_with_a_key_a_picture", "learnt"}
+    assert set(found["shortcut"]) == {"pictures", "bundles_classifier"} | told
     # Stopped before its last part, it takes the others as they are.
     asked = found["asked"]
     left = {"asked": asked, "drawn": {"kept": True}} | {

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
-import math
 import time
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Final, TypeVar, cast
 
 from starlette.requests import Request
@@ -24,6 +21,7 @@ from dermaflux.errors import Cancelled
 from serving.body import read_image, read_images
 from serving.card import ClassifierCard
 from serving.metrics import Metrics
+from serving.places import Places
 from serving.replies import Refusal, error_reply, request_id
 from serving.schema import (
     Classification,
@@ -37,8 +35,6 @@ from serving.scores import Scores, Trouble, UnavailableError
 from serving.scoring import Answer, Fault, Kind, Photograph
 from serving.settings import Settings
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 FORMS: Final = 4
@@ -47,8 +43,6 @@ AT_ONCE: Final = 8
 """Files of one form that are scored at a time: a batch of the classifier."""
 COME_BACK_SECONDS: Final = 5
 """`Retry-After` while the classifier cannot be had; it is started again within ten seconds."""
-FIRST_GUESS_SECONDS: Final = 0.1
-"""How long a photograph takes before one was measured."""
 
 _STATUS: Final[Mapping[Kind, tuple[int, ErrorCode]]] = {
     "invalid_image": (400, "invalid_image"),
@@ -203,42 +197,6 @@ class Classifying:
             f"It was not done within {self._settings.deadline_seconds:g} seconds; come back when "
             "the service is less busy.",
         )
-
-
-class Places:
-    """Photographs in work or waiting, at most `most`."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._count = 0
-        self._usual_seconds = FIRST_GUESS_SECONDS
-
-    @contextmanager
-    def taken(self, count: int) -> Iterator[None]:
-        """Hold that many places.
-
-        Raises:
-            Refusal: 429 with `Retry-After`, there are not so many.
-        """
-        if self._count + count > self._most and self._count:
-            # When those that are here now will have gone.
-            wait = max(1, math.ceil(self._usual_seconds))
-            raise Refusal(
-                429,
-                "busy",
-                f"{self._count} of {self._most} places for photographs are taken; come back in "
-                f"about {wait} seconds.",
-                headers={"Retry-After": str(wait)},
-            )
-        self._count += count
-        try:
-            yield
-        finally:
-            self._count -= count
-
-    def took(self, seconds: float) -> None:
-        """Learn how long one takes, its wait included: a moving average."""
-        self._usual_seconds += 0.1 * (seconds - self._usual_seconds)
 
 
 def not_available(trouble: Trouble) -> Refusal:

@@ -18,7 +18,7 @@ from PIL import Image
 from dermaflux.classifier import Classifier
 from dermaflux.engines import Array, Arrays, fake
 from dermaflux.errors import BundleError, EngineError
-from serving.classify import Places
+from serving.places import Places
 from serving.replies import Refusal
 from serving.scores import ATTEMPTS, Local, Remote, Trouble, UnavailableError, beside
 from serving.scoring import Answer, Photograph, Result, Scoring

@@ -106,7 +106,9 @@ class Scorer:
         nothing, for as long as this process lives."""
         with self._followers:
             yield LOADING + "\n"
-            await asyncio.wait({asyncio.wrap_future(self.opening)})
+            opening = asyncio.wrap_future(self.opening)
+            await asyncio.wait({opening})
+            opening.exception()  # told below; asyncio would log that nobody asked for it
             trouble = trouble_of(self.opening)
             yield (READY if trouble is None else " ".join(trouble.words.splitlines())) + "\n"
             await self._over.wait()

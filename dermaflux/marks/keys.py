@@ -55,12 +55,12 @@ class Keys:
 
     @classmethod
     def open(cls, folder: Path, *, make: bool = True) -> Keys:
-        """The keys of a folder, made there if it does not exist and `make` allows it.
+        """The keys of a folder, made there if it is not there or empty and `make` allows it.
 
         Raises:
             MarksError: what is there is incomplete, cannot be read or does not fit together.
         """
-        if not folder.exists() and make:
+        if make and not (folder.is_dir() and any(folder.iterdir())):
             _make(folder)
         chain, key = _bytes(folder / CHAIN), _bytes(folder / KEY)
         anchors = _bytes(folder / ANCHORS)

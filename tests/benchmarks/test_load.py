@@ -48,11 +48,10 @@ def test_a_service_that_stalls_is_not_excused() -> None:
 
         return await opened(send, [0.0, 0.1, 0.2])
 
-    first, second, third = asyncio.run(crowd())
-    assert first.seconds == pytest.approx(stall, abs=0.08)
-    assert second.seconds == pytest.approx(stall - 0.1, abs=0.08)
-    assert third.seconds == pytest.approx(stall - 0.2, abs=0.08)
-    assert second.ended - second.sent < 0.08  # what counting from the sending would have told
+    for number, one in enumerate(asyncio.run(crowd())):
+        assert one.seconds >= stall - 0.1 * number - 0.01
+        # What counting from the sending would have left out.
+        assert number == 0 or one.sent - one.due >= stall - 0.1 * number - 0.01
 
 
 def test_callers_of_a_closed_loop_wait_for_their_answer_and_after_a_refusal() -> None:

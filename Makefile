@@ -24,7 +24,7 @@ bundles/mini/bundle.json: models/mini/provenance.json models/mini/classifier/rep
 
 run: setup $(BUNDLE)/bundle.json
 	DERMAFLUX_BUNDLE=$(BUNDLE) BENTOML_DO_NOT_TRACK=true \
-		$(BIN)/bentoml serve serving.service:DermaFlux --port $(PORT)
+		$(BIN)/bentoml serve serving.service:DermaFlux --host 127.0.0.1 --port $(PORT)
 
 # Trainers have a process of their own, as in use. In one process with all other tests the suite once
 # ended in a segmentation fault in tests/training/test_lora_run.py; the cause is not known.

@@ -11,7 +11,9 @@ read from /proc, and its probes are timed. It passes (else the exit status is 1)
   no photograph the error that says so; no connection broke;
 - memory does not grow: after the warm-up, its slope (`benchmarks.slope`) is under `--bound` or not
   to be told from none. Minutes stand for a day through that slope alone, so its interval stands
-  beside it: a run whose interval reaches beyond the bound is too short, and says so;
+  beside it: a run whose interval reaches beyond the bound is too short, and says so. A service that
+  has just started grows for some minutes (engines prepare each size of batch at its first use):
+  soak it twice, or for long, or with more `--warm-up`;
 - once the callers have gone, files are closed, nobody waits or runs, and a picture is drawn;
 - the probes answered, 99 of a hundred within `--probe-ms`; the slowest stands beside them.
 

@@ -4,7 +4,7 @@ PORT ?= 3000
 BUNDLE ?= bundles/mini
 BIN := .venv/bin
 
-.PHONY: setup run test test-optimum check clean
+.PHONY: setup run test test-optimum kit test-kit check clean
 
 setup: .venv/.complete
 
@@ -40,6 +40,16 @@ test: setup
 
 test-optimum: .venv-optimum/.complete $(BUNDLE)/bundle.json
 	DERMAFLUX_TEST_BUNDLE=$(BUNDLE) .venv-optimum/bin/python -m pytest tests/optimum
+
+# Everything that a machine without a network needs, in one folder; SIGN=site.key signs its sums.
+KIT ?= dist/kit
+kit: setup $(BUNDLE)/bundle.json
+	$(BIN)/python -m deploy.kit $(BUNDLE) --out $(KIT) $(if $(SIGN),--sign $(SIGN))
+
+# Installs it in an empty environment with the network off, and serves from there; takes minutes, so
+# not part of `make test`.
+test-kit: kit
+	DERMAFLUX_TEST_KIT=$(KIT) $(BIN)/python -m pytest tests/deploy/airgap.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -21,25 +21,30 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from dermaflux.bundle import Bundle
 from dermaflux.pipeline import Pipeline
 from serving.access import Access, Admission, caller_of, require
+from serving.audit.middleware import Audited
 from serving.card import ModelCard
 from serving.classify import Classifying, not_available
+from serving.doctor.report import report
 from serving.drawing import Drawing
 from serving.generate import Generation
 from serving.gpu import Gpus
 from serving.keyring import Role
 from serving.logs import AccessLog
+from serving.marking import Marking
 from serving.metrics import Metrics
 from serving.openai_images import OpenAIImages
 from serving.openapi import document
 from serving.orders import Orders
 from serving.readiness import Readiness
-from serving.replies import Refusal, error_response
+from serving.records import Records
+from serving.replies import CLIENT_LEFT, Refusal, error_response
 from serving.scores import Scores
 from serving.scrape import exposition
 from serving.settings import Settings
-from serving.standing import Standing
+from serving.standing import Doctor, Standing
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -62,6 +67,7 @@ ROUTES: Mapping[str, tuple[Literal["GET", "POST"], Whom]] = {
     "/v1/images/generations": ("POST", "generate"),
     "/v1/classify": ("POST", "classify"),
     "/v1/classify/batch": ("POST", "classify"),
+    "/v1/verify": ("POST", "known"),
     "/v1/queue": ("GET", "known"),
     "/v1/model": ("GET", "known"),
     "/v1/models": ("GET", "known"),
@@ -95,23 +101,35 @@ def create_app(
     settings: Settings,
     registry: CollectorRegistry,
     readiness: Readiness,
+    bundle: Bundle | None = None,
 ) -> Starlette:
     """The app over parts that are loaded; its `state.close()` ends what still runs.
 
+    `bundle` is what the doctor looks at for an admin; without one nothing is looked at.
+
     Raises:
         KeysError: the keys that the settings name cannot be read.
+        SettingError, MarksError, RegistryError, AuditError: see `serving.records.Records.open`.
     """
+    access = Access.of(settings)
+    records = Records.open(settings, card.bundle)
     metrics = Metrics(registry)
     drawing = Drawing(pipeline, metrics, settings)
-    orders = Orders(pipeline, drawing, metrics)
+    marking = Marking(records, settings)
+    orders = Orders(pipeline, drawing, metrics, marking)
     generation = Generation(pipeline, orders, settings)
     openai = OpenAIImages(generation, orders, card, settings, (2 * pipeline.model.scale) ** 2)
     classifying = Classifying(scores, card.classifier, card.bundle, metrics, settings)
-    standing = Standing(card, drawing, readiness)
+    keyed = settings.keys is not None or bool(settings.keys_inline)
+    doctor = None
+    # It names folders: where strangers are let in without a key, nobody is told.
+    if bundle is not None and (keyed or not settings.open):
+        doctor = Doctor(lambda: report(settings, bundle, core=False))
+    standing = Standing(card, drawing, readiness, doctor)
     whom = {path: who for path, (_, who) in ROUTES.items()}
     if settings.metrics_open:
         whom[METRICS_PATH] = "anybody"
-    openapi = document(card, whom, keyed=settings.keys is not None or bool(settings.keys_inline))
+    openapi = document(card, whom, keyed=keyed)
     gpus = Gpus()
 
     async def send_document(_: Request) -> Response:
@@ -141,6 +159,8 @@ def create_app(
     def close() -> None:
         drawing.close()
         orders.close()
+        marking.close()
+        records.close()
 
     # Bounds the memory of bodies being read, before any queue is asked.
     door = asyncio.Semaphore(settings.open_requests)
@@ -157,6 +177,7 @@ def create_app(
         "/v1/classify": classifying.photograph,
         "/v1/classify/batch": classifying.batch,
         "/v1/images/generations": openai.images,
+        "/v1/verify": marking.verify,
         "/v1/queue": standing.queue,
         "/v1/model": standing.model,
         "/v1/models": openai.models,
@@ -173,7 +194,8 @@ def create_app(
         middleware=[
             Middleware(SecurityHeaders),
             Middleware(AccessLog),
-            Middleware(Admission, access=Access.of(settings)),
+            *_audited(records, card.bundle, settings),
+            Middleware(Admission, access=access),
         ],
         exception_handlers={HTTPException: not_routed},
     )
@@ -182,6 +204,14 @@ def create_app(
     app.state.close = close
     app.state.drawing = drawing
     return app
+
+
+def _audited(records: Records, bundle: str, settings: Settings) -> list[Middleware]:
+    """What records each request before its reply goes out, where there is an audit log."""
+    if records.audit is None:
+        return []
+    addresses = settings.audit_addresses
+    return [Middleware(Audited, log=records.audit, bundle=bundle, addresses=addresses)]
 
 
 def paths() -> frozenset[str]:
@@ -226,6 +256,8 @@ def _answering(path: str, endpoint: Endpoint, metrics: Metrics) -> Endpoint:
             response = await endpoint(request)
         except Exception as error:
             response = error_response(request, error)
+            if response.status_code == CLIENT_LEFT:
+                request.state.outcome = "left"
         metrics.request(path, response.status_code)
         return response
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -126,6 +127,31 @@ class BatchCard(BaseModel):
     rates: dict[str, float] = Field(description="Steps of one image a second by batch.")
 
 
+class KeptCard(BaseModel):
+    """Under which policy it serves, and what is kept of what it does."""
+
+    policy: str = Field(description="Under which the licences of all ingredients were judged.")
+    audit: bool = Field(description="Each request is recorded, without pictures and prompts.")
+    signed: bool = Field(description="Images are signed, and their pixels registered.")
+    watermark: bool = Field(description="Images have an invisible watermark.")
+
+
+class FindingCard(BaseModel):
+    """What the doctor found of one thing, and what mends it."""
+
+    about: str
+    state: Literal["ok", "note", "fail"]
+    words: str
+    mend: str
+
+
+class DoctorCard(BaseModel):
+    """What `python -m serving.doctor --quick` says here, some seconds old at most."""
+
+    healthy: bool
+    findings: list[FindingCard]
+
+
 class ModelCard(BaseModel):
     """All that the service says of itself."""
 
@@ -149,6 +175,10 @@ class ModelCard(BaseModel):
     golden: GoldenCard
     parity: dict[str, Any]
     classifier: ClassifierCard | None
+    kept: KeptCard
+    doctor: DoctorCard | None = Field(
+        default=None, description="For the role admin alone, and not where everybody has it."
+    )
     batch: BatchCard | None = Field(default=None, description="Null until it was measured.")
     caller: str | None = Field(default=None, description="Who asked: the id of the key, if any.")
     roles: list[Role] = Field(default=[], description="What who asked may do.")
@@ -161,7 +191,7 @@ def card_of(
     turns: Iterable[Sequence[str]] = (GENERATOR_PARTS,),
 ) -> ModelCard:
     """The card of an opened bundle whose parts run as `choices` say, in memory by `turns`."""
-    spec = bundle.classifier
+    spec = bundle.classifier if settings.classifier else None
     return ModelCard(
         name=bundle.name,
         bundle=bundle.id,
@@ -198,6 +228,13 @@ def card_of(
         turns=[list(group) for group in turns],
         golden=GoldenCard(result="pending", words="Nothing has run yet."),
         parity=asdict(bundle.parity),
+        kept=KeptCard(
+            # Of a file its name alone: where it lies is its operator's business.
+            policy=Path(settings.policy).name,
+            audit=settings.audit is not None,
+            signed=settings.marks is not None,
+            watermark=settings.watermark,
+        ),
         classifier=None
         if spec is None
         else ClassifierCard(

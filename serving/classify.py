@@ -18,10 +18,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dermaflux.errors import Cancelled
+from serving.audit.record import answer_hash
 from serving.body import read_image, read_images
 from serving.card import ClassifierCard
 from serving.metrics import Metrics
 from serving.places import Places
+from serving.records import note
 from serving.replies import Refusal, error_reply, request_id
 from serving.schema import (
     Classification,
@@ -82,7 +84,9 @@ class Classifying:
             deadline = time.monotonic() + self._settings.deadline_seconds
             work = self._classified(scores, data, saliency, deadline, request)
             answer = await _unless_gone(request, work)
-        return JSONResponse(answer.model_dump(), headers={"Cache-Control": "no-store"})
+        told = answer.model_dump()
+        await note(request, [answer_hash(told)])
+        return JSONResponse(told, headers={"Cache-Control": "no-store"})
 
     async def batch(self, request: Request) -> Response:
         """The answers as JSON, in the order of the form's files; see `ClassifiedFiles`."""
@@ -104,13 +108,18 @@ class Classifying:
                 results = await _unless_gone(request, work)
         finally:
             self._forms -= 1
+        found = [one.result.model_dump() for one in results if one.result is not None]
+        await note(request, [answer_hash(one) for one in found])
         answer = ClassifiedFiles(results=results)
         return JSONResponse(answer.model_dump(), headers={"Cache-Control": "no-store"})
 
     def _available(self) -> Scores:
         if self._scores is None or self._card is None:
             raise Refusal(
-                404, "no_classifier", "This bundle has no classifier; serve one that has."
+                404,
+                "no_classifier",
+                "No classifier is served here: the bundle has none, or it is left out by "
+                "DERMAFLUX_CLASSIFIER=0.",
             )
         trouble = self._scores.trouble()
         if trouble is not None:

@@ -25,6 +25,7 @@ from serving.access import caller_of
 from serving.body import Model, read_json
 from serving.orders import Orders, as_base64
 from serving.pictures import Picture, reply
+from serving.records import failed
 from serving.replies import Refusal, error_reply
 from serving.settings import Settings
 from serving.stream import STILL_HERE, EventStream, Inbox, event
@@ -106,7 +107,9 @@ class Generation:
         yield event("queued", start)
         number = itertools.count()
         try:
-            all_news = self._orders.followed(ticket, inbox, wanted, body.format, body.quality)
+            all_news = self._orders.followed(
+                request, ticket, inbox, wanted, body.format, body.quality
+            )
             async with aclosing(all_news):
                 async for news in all_news:
                     match news:
@@ -128,7 +131,9 @@ class Generation:
                             yield event("image", self._told(next(number), news))
         except Exception as error:
             # The status has been sent, so failures from here on are told in the stream.
-            yield event("error", error_reply(request, error), exclude_none=True)
+            told = error_reply(request, error)
+            await failed(request, told.error.code)
+            yield event("error", told, exclude_none=True)
 
     def _fits(self, wanted: Wanted) -> None:
         """Refuse at once what would fail when its turn comes."""

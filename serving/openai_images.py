@@ -47,6 +47,7 @@ from serving.openai_schema import (
 )
 from serving.orders import Orders, as_base64
 from serving.pictures import Picture
+from serving.records import failed
 from serving.replies import Refusal, error_reply, refusal
 from serving.settings import Settings
 from serving.stream import STILL_HERE, EventStream, Inbox, event
@@ -146,7 +147,9 @@ class OpenAIImages:
         number = itertools.count()
         common: dict[str, Any] = {"created_at": int(time.time()), "size": _size(wanted[0])}
         try:
-            all_news = self._orders.followed(ticket, inbox, wanted, wish.format, wish.quality)
+            all_news = self._orders.followed(
+                request, ticket, inbox, wanted, wish.format, wish.quality
+            )
             async with aclosing(all_news):
                 async for news in all_news:
                     match news:
@@ -171,6 +174,7 @@ class OpenAIImages:
         except Exception as error:
             # The status has been sent, so failures from here on are told in the stream.
             told = error_reply(request, error).error
+            await failed(request, told.code)
             status = refusal(error).status
             _, form = openai_form.error_form(status, told.code, told.message, told.field)
             yield f"event: error\ndata: {json.dumps(form)}\n\n"

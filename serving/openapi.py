@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from serving.bounds import schemas
 from serving.card import ModelCard, QueueCard
+from serving.marking import Verified
 from serving.openai_form import PATHS as OPENAI_PATHS
 from serving.openai_schema import (
     CompletedEvent,
@@ -33,6 +34,7 @@ from serving.operations import (
     json_of,
     plain,
     stream,
+    verify,
 )
 from serving.schema import Classification, ClassifiedFiles, ErrorReply
 from serving.wishes import (
@@ -58,6 +60,7 @@ _MODELS: Final[tuple[type[BaseModel], ...]] = (
     ErrorReply,
     ModelCard,
     QueueCard,
+    Verified,
     StreamStart,
     StreamPosition,
     StreamProgress,
@@ -106,6 +109,7 @@ def _paths(card: ModelCard) -> dict[str, dict[str, dict[str, Any]]]:
         "/v1/images/generations": {"post": images()},
         "/v1/classify": {"post": classify()},
         "/v1/classify/batch": {"post": classify_batch(card)},
+        "/v1/verify": {"post": verify()},
         "/v1/queue": {"get": plain("The generator's queue.", json_of("QueueCard"))},
         "/v1/model": {"get": plain("The model card.", json_of("ModelCard"))},
         "/v1/models": {"get": plain("The model, in OpenAI's form.", json_of("ModelList"))},

@@ -43,7 +43,8 @@ _SALIENCY: Final = {
 
 def generate() -> dict[str, Any]:
     """`POST /v1/generate`."""
-    names = (*(name.title() for name in REPRODUCTION), "Prompt-Tokens", "Images")
+    marks = (name.title() for name in REPRODUCTION)
+    names = (*marks, "Prompt-Tokens", "Pixels-SHA256", "Images")
     headers = {f"X-DermaFlux-{name}": {"schema": {"type": "string"}} for name in names}
     files = (*IMAGE_TYPES, ZIP, MULTIPART)
     reply = {
@@ -109,13 +110,6 @@ def images() -> dict[str, Any]:
 
 def classify() -> dict[str, Any]:
     """`POST /v1/classify`."""
-    form = {
-        "type": "object",
-        "required": ["image"],
-        "additionalProperties": False,
-        "properties": {"image": _FILE},
-    }
-    content = {kind: {"schema": {**_FILE, "contentMediaType": kind}} for kind in IMAGE_TYPES}
     reply = {"description": "The answer.", "content": json_of("Classification")}
     return {
         "summary": "Classify one photograph of a lesion.",
@@ -125,10 +119,7 @@ def classify() -> dict[str, Any]:
         ),
         "operationId": "classify",
         "parameters": [_SALIENCY],
-        "requestBody": {
-            "required": True,
-            "content": {**content, "multipart/form-data": {"schema": form}},
-        },
+        "requestBody": {"required": True, "content": _picture()},
         "responses": {"200": reply, **errors(*_BODY, 404, 500, 503, 504)},
     }
 
@@ -158,6 +149,33 @@ def classify_batch(card: ModelCard) -> dict[str, Any]:
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}}},
         "responses": {"200": reply, **errors(*_BODY, 404, 500, 503, 504)},
     }
+
+
+def verify() -> dict[str, Any]:
+    """`POST /v1/verify`."""
+    reply = {"description": "What was found.", "content": json_of("Verified")}
+    return {
+        "summary": "Look for the marks of a synthetic image in any picture.",
+        "description": (
+            "For a signed manifest, for pixels that were drawn here, and for the watermark, of a "
+            "whole picture or a piece. That nothing is found shows nothing: marks can be removed."
+        ),
+        "operationId": "verify",
+        "requestBody": {"required": True, "content": _picture()},
+        "responses": {"200": reply, **errors(*_BODY, 500, 503, 504)},
+    }
+
+
+def _picture() -> dict[str, Any]:
+    """A body that is one picture, or a form with it."""
+    form = {
+        "type": "object",
+        "required": ["image"],
+        "additionalProperties": False,
+        "properties": {"image": _FILE},
+    }
+    content = {kind: {"schema": {**_FILE, "contentMediaType": kind}} for kind in IMAGE_TYPES}
+    return {**content, "multipart/form-data": {"schema": form}}
 
 
 def plain(description: str, content: dict[str, Any], *statuses: int) -> dict[str, Any]:

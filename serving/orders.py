@@ -5,7 +5,7 @@ the event loop.
 
     >>> pictures = await orders.drawn(request, wanted, "webp", None)
     >>> ticket, inbox = orders.begun(request, wanted, previews=4)
-    >>> async for news in orders.followed(ticket, inbox, wanted, "png", None): ...
+    >>> async for news in orders.followed(request, ticket, inbox, wanted, "png", None): ...
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from dermaflux.pipeline import Pipeline
 from dermaflux.request import Request as Wanted
 from serving.access import caller_of
 from serving.drawing import Drawing
+from serving.marking import Marking
 from serving.metrics import Metrics
-from serving.pictures import Picture, preview, written
+from serving.pictures import Picture, preview
+from serving.records import note, record
 from serving.stream import Inbox, told
 from serving.ticket import News, Ticket
 
@@ -37,8 +39,11 @@ WRITERS = 2
 class Orders:
     """What the routes of generation have in common, over one pipeline and its queue."""
 
-    def __init__(self, pipeline: Pipeline, drawing: Drawing, metrics: Metrics) -> None:
+    def __init__(
+        self, pipeline: Pipeline, drawing: Drawing, metrics: Metrics, marking: Marking
+    ) -> None:
         self._pipeline = pipeline
+        self._marking = marking
         self._drawing = drawing
         self._metrics = metrics
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
@@ -56,7 +61,8 @@ class Orders:
     async def drawn(
         self, request: Request, wanted: Sequence[Wanted], form: Form, quality: int | None
     ) -> list[Picture]:
-        """The finished files in order, or `Cancelled` as soon as the client is gone."""
+        """The finished files in order, whose pixels the request's record will name, or `Cancelled`
+        as soon as the client is gone."""
         ticket = self._drawing.submit(wanted, caller_of(request).lane)
         gone = asyncio.ensure_future(_gone(request))
         images = asyncio.ensure_future(ticket.images())
@@ -70,7 +76,9 @@ class Orders:
             gone.cancel()
             images.cancel()
         pairs = zip(pixels, wanted, strict=True)
-        return [await self._written(one, of, form, quality) for one, of in pairs]
+        pictures = [await self._written(one, of, form, quality) for one, of in pairs]
+        await note(request, [one.pixels_sha256 for one in pictures])
+        return pictures
 
     def close(self) -> None:
         """Writes nothing more."""
@@ -78,15 +86,17 @@ class Orders:
 
     async def followed(
         self,
+        request: Request,
         ticket: Ticket,
         inbox: Inbox,
         wanted: Sequence[Wanted],
         form: Form,
         quality: int | None,
     ) -> AsyncGenerator[News | Picture | None, None]:
-        """A ticket's news, then its pictures in order; None in a silence.
+        """A ticket's news, then its pictures in order, each recorded; None in a silence.
 
         Raises:
+            Refusal: 503, a picture can be neither recorded nor shown.
             Exception: what the ticket ended with.
         """
         images = asyncio.ensure_future(ticket.images())
@@ -96,7 +106,9 @@ class Orders:
             async for news in told(inbox):
                 yield news
             for pixels, one in zip(images.result(), wanted, strict=True):
-                yield await self._written(pixels, one, form, quality)
+                picture = await self._written(pixels, one, form, quality)
+                await record(request, [picture.pixels_sha256])
+                yield picture
         finally:
             images.cancel()
 
@@ -108,9 +120,9 @@ class Orders:
     async def _written(
         self, pixels: Pixels, wanted: Wanted, form: Form, quality: int | None
     ) -> Picture:
-        record = self._pipeline.record(wanted)
+        made_of = self._pipeline.record(wanted)
         tokens = self._pipeline.token_count(wanted.prompt)
-        write = partial(written, pixels, wanted, record, tokens, form, quality)
+        write = partial(self._marking.written, pixels, wanted, made_of, tokens, form, quality)
         with self._metrics.timed("write"):
             return await asyncio.get_running_loop().run_in_executor(self._writers, write)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from dermaflux.decode import Pixels
-from dermaflux.images import Form, encode
+from dermaflux.images import Form
 from dermaflux.request import Request as Wanted
 
 ZIP = "application/zip"
@@ -37,13 +37,17 @@ _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished image as a file, with what is needed to draw it again."""
+    """A finished image as a file, with what is needed to draw it again.
+
+    `pixels_sha256` is of the exact pixels, uint8 [height, width, 3], before any mark.
+    """
 
     wanted: Wanted
     record: Mapping[str, str]
     prompt_tokens: int
     form: Form
     data: bytes
+    pixels_sha256: str
 
     @property
     def name(self) -> str:
@@ -62,19 +66,8 @@ class Picture:
         return {
             **{f"X-DermaFlux-{name}": text for name, text in marks.items()},
             "X-DermaFlux-Prompt-Tokens": str(self.prompt_tokens),
+            "X-DermaFlux-Pixels-SHA256": self.pixels_sha256,
         }
-
-
-def written(
-    pixels: Pixels,
-    wanted: Wanted,
-    record: Mapping[str, str],
-    prompt_tokens: int,
-    form: Form,
-    quality: int | None,
-) -> Picture:
-    """The file of an image uint8 [height, width, 3]; takes some ms, so call it in a thread."""
-    return Picture(wanted, record, prompt_tokens, form, encode(pixels, record, form, quality))
 
 
 def preview(pixels: Pixels) -> bytes:

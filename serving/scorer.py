@@ -29,7 +29,7 @@ from PIL import Image
 
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
-from dermaflux.errors import EngineError
+from dermaflux.errors import BundleError, EngineError
 from serving.draining import Work, finish_before_exit
 from serving.framework import Configured
 from serving.scores import LOADING, READY, beside, trouble_of
@@ -125,9 +125,11 @@ def opened(settings: Settings) -> Scoring:
     off until then.
 
     Raises:
-        BundleError: the bundle has no classifier, or cannot be opened.
+        BundleError: the bundle has no classifier, or it is left out, or cannot be opened.
         EngineError: an engine cannot be had, or failed.
     """
+    if not settings.classifier:
+        raise BundleError("it is left out by DERMAFLUX_CLASSIFIER=0")
     bundle = Bundle.open(find_bundle(settings))
     forced: Mapping[str, Any] = {
         "engine": settings.engine,

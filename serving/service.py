@@ -34,6 +34,7 @@ from dermaflux.engines import EAGER, Choice, choose
 from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
 from dermaflux.residency import planned
+from serving import records
 from serving.access import refuse_open_door
 from serving.app import OWN_PATHS, create_app, paths
 from serving.card import GoldenCard, card_of
@@ -104,7 +105,8 @@ class DermaFlux:
     @staticmethod
     def check() -> None:
         """Before any worker starts: refuse settings, bundles and engines that cannot be had,
-        models that do not fit in memory, and files that are not those that were exported.
+        models that do not fit in memory, files that are not those that were exported, licences that
+        the policy forbids, and an audit log or marks that cannot be kept.
 
         A worker that cannot start would be started again and again.
         """
@@ -115,11 +117,12 @@ class DermaFlux:
                 raise EngineError("the eager engine runs a checkpoint; the service runs bundles")
             choices, plan = planned(bundle, settings.engine, settings.precision)
             served = [*choices.values()]
-            if bundle.classifier:
+            if bundle.classifier and settings.classifier:
                 served.append(choose(bundle, "classifier", settings.engine, settings.precision))
             refuse_open_door(settings, listening_host())
             refuse_pickle_over_tcp()
             _refuse_damage(bundle, served)
+            records.check(settings, bundle)
         except DermaFluxError as error:
             sys.exit(f"error: {error}")
 
@@ -164,7 +167,7 @@ class DermaFlux:
     def _scores_of(self, bundle: Bundle) -> Scores | None:
         """The classifier: BentoML gives another process, or where it has none (in a test client)
         the service itself."""
-        if bundle.classifier is None:
+        if bundle.classifier is None or not self._settings.classifier:
             return None
         service: Any = Scorer
         scorer: Any = self.scorer
@@ -181,11 +184,13 @@ class DermaFlux:
             bundle, engine=forced[0], precision=forced[1], threads=settings.threads
         )
         choices = [*pipeline.choices.values()]
-        if bundle.classifier is not None:
+        if bundle.classifier is not None and settings.classifier:
             choices.append(choose(bundle, "classifier", *forced))
         assert pipeline.plan is not None, "planned where a bundle is opened"
         card = card_of(bundle, choices, settings, pipeline.plan.groups)
-        self._app = create_app(pipeline, self._scores, card, settings, registry, self._readiness)
+        self._app = create_app(
+            pipeline, self._scores, card, settings, registry, self._readiness, bundle
+        )
         _mounted.app = self._app
         seconds = time.monotonic() - begin
         logger.info("%s (%s) loaded in %.1f s", bundle.path.resolve(), bundle.id, seconds)

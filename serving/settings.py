@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dermaflux.errors import DermaFluxError
+from serving.audit.log import FSYNC
 from serving.keyring import ROLES
 
 PREFIX = "DERMAFLUX_"
@@ -133,6 +134,49 @@ class Settings:
     otel_endpoint: str | None = field(
         default=None,
         metadata={"help": "address that takes OTLP traces over HTTP, such as .../v1/traces"},
+    )
+    policy: str = field(
+        default="research",
+        metadata={"help": "private, research, commercial or a YAML file: licences that may serve"},
+    )
+    classifier: bool = field(
+        default=True, metadata={"help": "0: leave the bundle's classifier out; nothing loads it"}
+    )
+    audit: Path | None = field(
+        default=None, metadata={"help": "folder of the audit log, begun where there is none"}
+    )
+    audit_key: Path | None = field(
+        default=None,
+        metadata={"help": "file of the key that seals the audit log; on another volume than it"},
+    )
+    audit_required: bool = field(
+        default=True,
+        metadata={"help": "1: what cannot be recorded is not answered (503); 0: it is told later"},
+    )
+    audit_fsync: str = field(
+        default="second",
+        metadata={
+            "help": "when the audit log waits for the disk: each answer, once a second at "
+            "most, or never",
+            "of": FSYNC,
+        },
+    )
+    audit_addresses: bool = field(
+        default=False, metadata={"help": "1: addresses of callers stand in the audit log too"}
+    )
+    marks: Path | None = field(
+        default=None,
+        metadata={
+            "help": "folder of the keys that sign images and of the registry of their pixels; "
+            "keys are made where there are none"
+        },
+    )
+    watermark: bool = field(
+        default=False,
+        metadata={
+            "help": "1: an invisible watermark too. Not for pictures to train on: a classifier "
+            "can learn it instead of the lesion"
+        },
     )
 
     @classmethod

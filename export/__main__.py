@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dermaflux.bundle import GENERATOR_PARTS, PARTS, Bundle, Parity, write_manifest
-from dermaflux.checkpoint import Checkpoint
+from dermaflux.checkpoint import UNKNOWN_LICENCE, Checkpoint
 from dermaflux.command import ended, option, parsed
 from dermaflux.errors import BundleError, EngineError
 from dermaflux.images import encode_png
+from dermaflux.licence import LicenceError
+from dermaflux.policy import Policy, judge
 from export.heap import MAPPED, unmap_from
 from export.parity import require
 from export.prompts import require_seed
@@ -82,6 +84,11 @@ class Settings:
     )
     prompts: int = option("images compared with eager; 0 compares nothing; default: 64", 64)
     seed: int = option("of prompts, noise and guidance; default: 0", 0)
+    policy: str = option(
+        "private, research, commercial, or a YAML file: what the licences of all ingredients have "
+        "to allow; default: research",
+        "research",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,6 +120,7 @@ def export(settings: Settings) -> Bundle:
     Raises:
         BundleError: the settings contradict each other, the checkpoint is incomplete, or the place
             cannot be written to.
+        LicenceError: the policy forbids what the checkpoint is made of.
         EngineError: weights do not fit their config, a library is missing, or int8 is not active.
         ParityError: a graph or an image is too far from eager torch.
     """
@@ -122,9 +130,30 @@ def export(settings: Settings) -> Bundle:
 
     require_complete(settings.checkpoint, parts)
     checkpoint = Checkpoint.open(settings.checkpoint)
+    require_allowed(checkpoint, settings.policy, parts)
     with staged(settings.out) as folder:
         _fill(folder, settings, checkpoint, parts)
     return Bundle.open(settings.out)
+
+
+def require_allowed(checkpoint: Checkpoint, policy: str, parts: Sequence[str]) -> None:
+    """Nothing, where a policy lets these parts of a checkpoint be used.
+
+    Raises:
+        LicenceError: by ingredient, with what can be done; or there is no such policy.
+    """
+    verdict = judge(checkpoint.provenance, Policy.of(policy), classifier="classifier" in parts)
+    try:
+        verdict.require()
+    except LicenceError as error:
+        if checkpoint.provenance.get("licence") not in (None, "", UNKNOWN_LICENCE):
+            raise
+        # A publisher's folder has its licence in words beside it, which nobody here can read.
+        raise LicenceError(
+            f"{checkpoint.path} does not say under which licence it is, so: {error}. If you know "
+            f"it, write {checkpoint.path / 'provenance.json'} with name and licence, such as "
+            '{"name": "FLUX.1-schnell", "licence": "Apache-2.0"}'
+        ) from None
 
 
 def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Sequence[str]) -> None:
@@ -161,6 +190,7 @@ def _fill(folder: Path, settings: Settings, checkpoint: Checkpoint, parts: Seque
         log.info("  %s", row)
     _note_sizes(graphs)
     kept = {name: _plain(value) for name, value in asdict(settings).items()}
+    kept["policy"] = Path(settings.policy).name
     kept["calibrated_on"] = None if table is None else table.request_set
     write_manifest(
         folder,

@@ -32,7 +32,7 @@ from dermaflux.bundle import Bundle, sha256
 from dermaflux.command import ended, parsed
 from dermaflux.errors import Cancelled
 from dermaflux.thumbnails import Index
-from serving.batch.asked import asked, check, tell_cut, thresholds
+from serving.batch.asked import asked, check, require_allowed, tell_cut, thresholds
 from serving.batch.connection import reachable
 from serving.batch.deaths import Deaths
 from serving.batch.finish import Forms, finish
@@ -55,6 +55,7 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
 
     Raises:
         DatasetError, RequestError, BundleError, EngineError: bad input, found before any picture.
+        LicenceError: the policy forbids what the bundle is made of.
         Cancelled: asked to stop; the same call goes on.
         DiskFull: the disk is full; the same call goes on when there is room.
     """
@@ -70,6 +71,7 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
         settings.bundle, settings.engine, settings.precision, settings.threads,
         thresholds(settings, bundle), settings.seen,
     )  # fmt: skip
+    require_allowed(settings.policy, bundle, tools.gate)
     if settings.seen is not None:
         Index.load(settings.seen)  # a wrong one must not become the job's
     job = Job(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dermaflux.bundle import Bundle
 from dermaflux.errors import BundleError, RequestError
+from dermaflux.licence import LicenceError
+from dermaflux.policy import Policy, judge_bundle
 from dermaflux.tokens import Tokens
 from serving.batch import plan, requests
 from serving.batch.items import Bad, Item
@@ -63,6 +65,23 @@ def thresholds(settings: Settings, bundle: Bundle) -> Thresholds | None:
             "a --gate file with `agreement: none`"
         )
     return gate
+
+
+def require_allowed(policy: str, bundle: Bundle, gate: Thresholds | None) -> None:
+    """Nothing, where a policy lets what draws, and what judges, be used.
+
+    Raises:
+        LicenceError: by ingredient, with what can be done; or there is no such policy.
+    """
+    judges = gate is not None and gate.agreement != "none"
+    verdict = judge_bundle(bundle, Policy.of(policy), classifier=judges)
+    try:
+        verdict.require()
+    except LicenceError as error:
+        if verdict.allowed_without_classifier:
+            words = "the gate can do without it: --gate off, or a --gate file with agreement: none"
+            raise LicenceError(f"{error}. Here {words}") from None
+        raise
 
 
 def tell_cut(items: Sequence[Item], bundle: Bundle) -> None:

@@ -34,6 +34,10 @@ class Settings:
         "draw on a Ray cluster: its address, or `local` for one here", None, alone=LOCAL
     )
     workers: int = option("with --ray: engines in the cluster, one an actor", 2)
+    policy: str = option(
+        "private, research, commercial, or a YAML file: what the bundle's licences have to allow",
+        "research",
+    )
     engine: str | None = option("run this one; default: the fastest", None)
     precision: str | None = option("run this one; default: the fastest", None)
     threads: int | None = option("of an engine; default: all cores", None)

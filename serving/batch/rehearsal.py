@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from dermaflux.errors import RequestError
+from dermaflux.pipeline import Pipeline
 from serving.batch.items import Item
 from serving.batch.job import Folder
 from serving.batch.journal import read
@@ -31,7 +32,7 @@ def rehearsal(
 
     The time of a picture is taken to grow with its steps and its pixels, the room with its pixels,
     and every try to be rejected as often as those that were drawn. Seconds and bytes are of what
-    is `left` of the share's `pictures`; memory is the plan's.
+    is `left` of the share's `pictures`; memory is what was planned for.
 
     Raises:
         RequestError: the share is empty.
@@ -74,7 +75,6 @@ def rehearsal(
     bytes_each = sum(len(one.png) for one in made) / max(1, _pixels(drawn))
     wanted = sum(_pixels([one]) * _expected(one, rate, settings.attempts) for one in left)
     place = next(one for one in (settings.out, *settings.out.resolve().parents) if one.exists())
-    memory = maker.pipeline.plan
     return {
         "pictures": len(mine),
         "of": len(items),
@@ -88,7 +88,22 @@ def rehearsal(
         "rejected": rejected,
         "failed": sum(bool(one.error) for one in made),
         "engines": maker.details,
-        "memory": None if memory is None else str(memory),
+        "memory": _memory(maker.pipeline, most),
+    }
+
+
+def _memory(pipeline: Pipeline, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """By device: bytes in use at once at most, for the sizes that were drawn, and bytes free."""
+    plan = pipeline.plan
+    if plan is None:
+        return {}
+    return {
+        device: {
+            "peak": max(plan.peak(device, *size, plan.batch(*size)) for size in sizes),
+            "available": memory.available,
+        }
+        for device, memory in plan.devices.items()
+        if sizes
     }
 
 

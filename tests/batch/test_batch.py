@@ -250,6 +250,8 @@ def test_a_rehearsal_writes_nothing(run, asked: Path, tmp_path: Path) -> None:
     assert (result["status"], result["pictures"], result["of"]) == (0, 10, 20)
     assert result["bytes"] > 0
     assert result["seconds_per_picture"] > 0
+    for figures in result["memory"].values():
+        assert 0 < figures["peak"] < figures["available"]
     assert not (tmp_path / "out").exists()
 
 

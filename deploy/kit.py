@@ -40,7 +40,6 @@ from dermaflux.bundle import Bundle
 from dermaflux.command import ended, option, parsed
 from dermaflux.doctor import damaged, files_of
 from dermaflux.errors import BundleError, DermaFluxError
-from serving.inventory import __main__ as inventory
 from serving.inventory.notice import notice
 from serving.inventory.packages import EXTRAS, shipped
 
@@ -87,7 +86,7 @@ def make(settings: Settings) -> dict[str, Any]:
         (kit / "requirements.txt").write_text(locked(kit / "wheels"))
         shutil.copytree(bundle.path, kit / "bundle")
         papers(bundle, settings.extras, kit)
-        pack(kit, Path(temporary))
+        pack(kit)
         told = {
             "name": "dermaflux",
             "version": version(),
@@ -99,6 +98,7 @@ def make(settings: Settings) -> dict[str, Any]:
             "bytes": sizes(kit),
         }
         (kit / "kit.json").write_text(json.dumps(told, indent=1) + "\n")
+        readable(kit)
         (kit / SUMS).write_text(sums(kit))
         if settings.sign is not None:
             sign(kit / SUMS, settings.sign, kit / SIGNATURE)
@@ -151,7 +151,7 @@ def locked(wheels: Path) -> str:
 def papers(bundle: Bundle, extras: Sequence[str], kit: Path) -> None:
     """Bills of materials, the SOUP list, NOTICE, and the documents."""
     command = [str(bundle.path), "--out", str(kit), "--wheels", str(kit / "wheels")]
-    run(sys.executable, "-m", inventory.__spec__.name, *command, "--extras", ",".join(extras))
+    run(sys.executable, "-m", "serving.inventory", *command, "--extras", ",".join(extras))
     text = notice("bundle", bundle.provenance, shipped(ROOT, extras))
     files.write(kit / "NOTICE", text.encode())
     for name in ("LICENSE", "constraints.txt", "CHANGELOG.md"):
@@ -166,22 +166,32 @@ def papers(bundle: Bundle, extras: Sequence[str], kit: Path) -> None:
         copy(source, kit / "docs" / name)
 
 
-def pack(kit: Path, temporary: Path) -> None:
+def pack(kit: Path) -> None:
     """The Bento, without a bundle: that lies beside it, and can be exchanged alone."""
-    project, home = temporary / "project", temporary / "home"
-    project.mkdir()
-    for name in PACKED:
-        shutil.copytree(ROOT / name, project / name, ignore=NEVER)
-    for name in ("bentofile.yaml", ".bentoignore", "LICENSE", "constraints.txt"):
-        shutil.copy(ROOT / name, project)
-    shutil.copy(kit / "NOTICE", project)
-    run(
-        *(sys.executable, "-m", "bentoml", "build", "--version", version()),
-        folder=project,
-        BENTOML_HOME=str(home),
-        BENTOML_DO_NOT_TRACK="true",
-    )
-    shutil.copytree(home / "bentos" / "dermaflux" / version(), kit / "bento")
+    # Not beside the kit: BentoML refuses folders whose path has a hidden one.
+    with tempfile.TemporaryDirectory() as temporary:
+        project, home = Path(temporary) / "project", Path(temporary) / "home"
+        project.mkdir()
+        for name in PACKED:
+            shutil.copytree(ROOT / name, project / name, ignore=NEVER)
+        for name in ("bentofile.yaml", ".bentoignore", "LICENSE", "constraints.txt"):
+            shutil.copy(ROOT / name, project)
+        shutil.copy(kit / "NOTICE", project)
+        run(
+            *(sys.executable, "-m", "bentoml", "build", "--version", version()),
+            folder=project,
+            BENTOML_HOME=str(home),
+            BENTOML_DO_NOT_TRACK="true",
+        )
+        shutil.copytree(home / "bentos" / "dermaflux" / version(), kit / "bento")
+
+
+def readable(kit: Path) -> None:
+    """Modes of its own, not those of whoever made it: a user that is only a number reads it."""
+    kit.chmod(0o755)
+    for file in kit.rglob("*"):
+        runs = file.is_dir() or file.suffix == ".sh"
+        file.chmod(0o755 if runs else 0o644)
 
 
 def sums(kit: Path) -> str:

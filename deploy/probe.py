@@ -27,9 +27,11 @@ def alive(path: str, port: int, environment: dict[str, str]) -> bool:
         context.verify_mode = ssl.CERT_NONE
         if environment.get("PROBE_CERT"):
             context.load_cert_chain(environment["PROBE_CERT"], environment.get("PROBE_KEY"))
-        connection = http.client.HTTPSConnection("127.0.0.1", port, SECONDS, context=context)
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", port, timeout=SECONDS, context=context
+        )
     else:
-        connection = http.client.HTTPConnection("127.0.0.1", port, SECONDS)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
     mutual = bool(environment.get("DERMAFLUX_TLS_CA")) and not environment.get("PROBE_CERT")
     try:
         connection.request("GET", path)

@@ -152,10 +152,11 @@ def running(
     intake: Intake | None = None,
     scores: Scores | None = None,
     prove: Callable[[], GoldenCard] | None = None,
+    bundle: Bundle | None = None,
     **settings: object,
 ) -> Iterator[Live]:
     """The app with these settings on a free port; `fails` is raised by the transformer, `scores`
-    stand in for the classifier.
+    stand in for the classifier, and `bundle` is what the doctor looks at.
 
     It is ready at once, or when `prove` says so.
     """
@@ -195,7 +196,7 @@ def running(
     card = tiny_card(configured, classifies=classifies)
     readiness = Readiness()
     readiness.ready = prove is None
-    app = create_app(pipeline, scores, card, configured, registry, readiness)
+    app = create_app(pipeline, scores, card, configured, registry, readiness, bundle)
     if prove is not None:
         readiness.begin(prove)
     # With its protocol said, else asyncio lets small replies wait for the client (40 ms each).

@@ -55,6 +55,8 @@ def requests(client: httpx.Client, image: bytes) -> dict[str, int]:
         "several": ("POST", "/v1/generate", {"json": {**lesion, "n": 2}}),
         "classify": ("POST", "/v1/classify", {"files": named, "params": {"q": MARK}}),
         "batch": ("POST", "/v1/classify/batch", {"files": [("image", named["image"])]}),
+        "verify": ("POST", "/v1/verify", {"files": named, "params": {"q": MARK}}),
+        "unverifiable": ("POST", "/v1/verify", {"files": {"image": (MARK, MARK.encode())}}),
         "model": ("GET", "/v1/model", {"params": {"a": MARK}}),
         "metrics": ("GET", "/metrics", {}),
         "page": ("GET", "/", {}),

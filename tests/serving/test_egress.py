@@ -20,6 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from serving.audit.ending import files_of
+from serving.audit.secret import Secrets
+from serving.audit.verifying import logged_anchors, verify
 from serving.keys import line, made
 from tests.core.test_doctor import with_golden
 from tests.serving.live import picture
@@ -84,6 +87,10 @@ class Run:
     tried: list[str]
     written: set[str]
     metrics: dict[str, str]
+    kept: dict[str, bytes]
+    """Of the service that signs and records: every file of its audit log and its marks."""
+    holds: bool
+    """Whether the audit log holds, with the anchors that are in the service's log."""
     confined: bool
     key: str
 
@@ -130,6 +137,13 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
             "PYTHONPATH": f"{folder / 'hook'}:{ROOT}",
             "TMPDIR": str(folder / "tmp"),
         }
+        if request.param == "json":
+            variables |= {
+                "DERMAFLUX_AUDIT": str(folder / "audit"),
+                "DERMAFLUX_AUDIT_KEY": str(folder / "seal/audit.key"),
+                "DERMAFLUX_MARKS": str(folder / "marks"),
+                "DERMAFLUX_WATERMARK": "1",
+            }
         prefix = confinement()
         before = files(folder)
         done = subprocess.run(
@@ -151,11 +165,26 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
                 str(file.relative_to(folder)): file.read_text(errors="replace")
                 for file in folder.rglob("*.db")
             },
+            kept={
+                str(file.relative_to(folder)): file.read_bytes()
+                for name in ("audit", "seal", "marks")
+                for file in (folder / name).rglob("*")
+                if file.is_file()
+            },
+            holds=request.param != "json" or held(folder),
             confined=bool(prefix),
             key=key,
         )
     finally:
         shutil.rmtree(folder)
+
+
+def held(folder: Path) -> bool:
+    """Whether the audit log holds, with the anchors that are in the service's log."""
+    secrets = Secrets.open(folder / "seal/audit.key")
+    anchors = logged_anchors(folder / "log.txt")
+    assert len(anchors) >= 2, "one at the start and one at the end"
+    return verify(files_of(folder / "audit"), secrets, anchors).holds
 
 
 LEAVE = """
@@ -211,12 +240,13 @@ def files(folder: Path) -> set[str]:
 
 def test_service_does_all_its_work_there(run: Run) -> None:
     assert run.told["replies"] == {
-        **dict.fromkeys(("generate", "stream", "several", "classify", "batch"), 200),
+        **dict.fromkeys(("generate", "stream", "several", "classify", "batch", "verify"), 200),
         **dict.fromkeys(("model", "metrics", "page", "document", "text"), 200),
         "wrong": 422,
         "broken": 400,
         "kind": 415,
         "junk": 400,
+        "unverifiable": 400,
         "address": 400,
         **dict.fromkeys(("nowhere", "side", "docs", "side door"), 404),
         "method": 405,
@@ -241,9 +271,29 @@ def test_only_a_folder_of_its_own_is_written_to(run: Run) -> None:
     metrics = {name for name in run.written if name.startswith("home/prometheus_multiproc_dir/")}
     assert metrics
     assert {Path(name).suffix for name in metrics} == {".db"}
-    assert run.written - metrics == {"log.txt", "tried"}
+    assert run.written - metrics == {"log.txt", "tried", *run.kept}
     for name in metrics:
         assert MARK not in run.metrics[name]
+
+
+def test_what_is_kept_holds_nothing_of_a_request(run: Run) -> None:
+    if not run.kept:
+        return
+    keys = {f"marks/keys/{name}" for name in ("chain.pem", "key.pem", "anchors.pem")}
+    log = {f"audit/{name}" for name in ("audit-000001.jsonl", "head.json", "lock")}
+    others = {"marks/keys/watermark.keys", "marks/pixels.sha256", "seal/audit.key"}
+    assert set(run.kept) == keys | log | others
+    for content in run.kept.values():
+        assert MARK.encode() not in content
+        assert run.key[10:].encode() not in content
+    lines = [json.loads(one) for one in run.kept["audit/audit-000001.jsonl"].splitlines()]
+    told = [(one.get("caller"), one.get("route"), one.get("status")) for one in lines]
+    assert ("ward3", "/v1/generate", 200) in told
+    assert ("ward3", "/v1/verify", 400) in told
+    assert (None, "/v1/model", 401) in told
+    # The process of the classifier writes none, and the signal has let the log be closed.
+    assert [one["event"] for one in lines].count("begun") == 1
+    assert run.holds
 
 
 def test_log_holds_nothing_of_a_request(run: Run) -> None:

@@ -24,12 +24,13 @@ LESION = {"lesion": {"label": "benign"}, "steps": 1}
 # As a process of the service: every handler there is, and every level.
 LOUD = """
 import asyncio, gc, io, logging, sys, threading
+from pathlib import Path
 logging.basicConfig(stream=sys.stdout, level=logging.DEBUG)
 logging.getLogger("bentoml").addHandler(logging.StreamHandler(sys.stdout))
 from PIL import Image, PngImagePlugin
 from serving.logs import configure
 from tests.serving.live import running
-form, mark = sys.argv[1:]
+form, mark, folder = sys.argv[1:]
 configure(form)
 logging.getLogger("serving").setLevel(logging.DEBUG)
 
@@ -43,7 +44,10 @@ picture = {"image": (mark + ".png", stream.getvalue(), "image/png")}
 everywhere = {"user-agent": mark, "x-request-id": "a " + mark, "cookie": mark}
 free = ("generate", "classify", "free-text")
 for fails in (None, ValueError(mark)):
-    with running(fails=fails, anonymous_roles=free) as live:
+    kept = {"audit": Path(folder, "audit"), "audit_key": Path(folder, "seal/key")}
+    with running(
+        fails=fails, anonymous_roles=free, marks=Path(folder, "marks"), audit_fsync="never", **kept
+    ) as live:
         def ask(method, path, headers=None, **more):
             headers = everywhere | (headers or {})
             return live.client.request(method, path, headers=headers, **more).status_code
@@ -52,9 +56,12 @@ for fails in (None, ValueError(mark)):
         found += [ask("POST", "/v1/generate/stream", json=body, params={"q": mark})]
         found += [ask("POST", "/v1/classify", files=picture, params={"q": mark})]
         found += [ask("POST", "/v1/classify", content=mark, headers={"content-type": "image/png"})]
+        found += [ask("POST", "/v1/verify", files=picture, params={"q": mark})]
+        found += [ask("POST", "/v1/verify", content=mark, headers={"content-type": "image/png"})]
         found += [ask("POST", "/v1/generate", json={"lesion": {"label": mark}, mark: mark})]
         found += [ask("GET", "/" + mark, params={"q": mark}), ask(mark, "/v1/model")]
-        assert found == [200 if fails is None else 500, 200, 200, 400, 422, 404, 405], found
+        first = 200 if fails is None else 500
+        assert found == [first, 200, 200, 400, 200, 400, 422, 404, 405], found
 
 class Lost:
     def __del__(self):
@@ -81,11 +88,16 @@ raise KeyError(mark)
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_nothing_of_a_request_is_in_any_line(form: str) -> None:
+def test_nothing_of_a_request_is_in_any_line(form: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LOUD, form, MARK], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", LOUD, form, MARK, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert MARK not in done.stdout + done.stderr
+    for file in (file for file in tmp_path.rglob("*") if file.is_file()):
+        assert MARK.encode() not in file.read_bytes()
     assert done.returncode == 1, done.stderr
     assert done.stderr == ""
     told = done.stdout

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from PIL import Image
 
 from dermaflux.bundle import Bundle
@@ -322,6 +323,10 @@ def test_admins_see_what_the_doctor_says(tiny_bundle: Bundle, kept: dict[str, An
     with running(keys_inline=LINES, bundle=tiny_bundle, **kept) as live:
         told = doctors(live, OPERATOR[0])
         assert doctors(live, WARD[0]) is None
+        document = live.client.get("/openapi.json").json()
+        card = live.client.get("/v1/model", headers={"x-api-key": OPERATOR[0]}).json()
+        form = {"$ref": "#/components/schemas/ModelCard", "components": document["components"]}
+        Draft202012Validator(form).validate(card)
     about = {one["about"]: one for one in told["findings"]}
     assert {"policy", "keys", "audit", "disk", "clock"} <= set(about)
     assert about["policy"]["state"] == "ok"

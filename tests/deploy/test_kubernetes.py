@@ -29,7 +29,7 @@ def merged(old: Any, new: Any) -> Any:
         both = {**old}
         for name, value in new.items():
             both[name] = merged(old[name], value) if name in old else value
-        return both
+        return {name: value for name, value in both.items() if value is not None}
     if isinstance(old, list) and isinstance(new, list) and isinstance(new[0], dict):
         key = next(key for key in KEYS if key in new[0])
         known = {one[key]: one for one in new}
@@ -45,6 +45,13 @@ def built(folder: Path) -> list[dict[str, Any]]:
     for name in plan["resources"]:
         there = folder / name
         found += built(there) if there.is_dir() else load(there)
+    return changed(found, folder, plan)
+
+
+def changed(
+    found: list[dict[str, Any]], folder: Path, plan: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What patches and components of a plan make of it."""
     for patch in plan.get("patches", []):
         (change,) = load(folder / patch["path"])
         whose = [
@@ -55,6 +62,11 @@ def built(folder: Path) -> list[dict[str, Any]]:
         ]
         assert len(whose) == 1, patch
         found[found.index(whose[0])] = merged(whose[0], change)
+    for name in plan.get("components", []):
+        (inner,) = load(folder / name / "kustomization.yaml")
+        for file in inner["resources"]:
+            found += load(folder / name / file)
+        found = changed(found, folder / name, inner)
     return found
 
 
@@ -132,8 +144,9 @@ def test_files_that_settings_name_are_mounted(objects: list[dict[str, Any]]) -> 
     pod, container = pod_of(objects)
     settings = Settings.from_environment({one["name"]: one["value"] for one in container["env"]})
     mounts = {Path(one["mountPath"]): one for one in container["volumeMounts"]}
-    for file in (settings.keys, settings.tls_cert, settings.tls_key):
-        assert file is not None
+    for file in (settings.keys, settings.tls_cert, settings.tls_key, settings.audit_key):
+        if file is None:
+            continue
         assert mounts[file.parent]["readOnly"]
     assert {one["name"] for one in mounts.values()} == {one["name"] for one in pod["volumes"]}
     secret = [one["secret"] for one in pod["volumes"] if "secret" in one]
@@ -180,6 +193,33 @@ def test_nothing_goes_out_and_not_everybody_comes_in(objects: list[dict[str, Any
 
 def test_a_node_can_always_be_drained(objects: list[dict[str, Any]]) -> None:
     assert one_of(objects, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+
+
+def test_records_are_kept_by_one_pod_and_sealed_with_a_key_from_elsewhere() -> None:
+    for name in ("cpu", "gpu"):
+        objects = built(FOLDER / "overlays" / name)
+        spec = one_of(objects, "Deployment")["spec"]
+        # Two pods cannot hold a volume of one node, nor write one log from two.
+        assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+        pod, container = pod_of(objects)
+        given = {one["name"]: one["value"] for one in container["env"]}
+        settings = Settings.from_environment(given)
+        assert settings.audit is not None
+        assert settings.marks is not None
+        assert settings.audit_key is not None
+        assert settings.audit_required
+        claims = [
+            one["persistentVolumeClaim"]["claimName"]
+            for one in pod["volumes"]
+            if "persistentVolumeClaim" in one
+        ]
+        assert claims == [one_of(objects, "PersistentVolumeClaim")["metadata"]["name"]]
+        (place,) = [
+            one["mountPath"] for one in container["volumeMounts"] if one["name"] == "records"
+        ]
+        assert settings.audit.is_relative_to(place)
+        assert settings.marks.is_relative_to(place)
+        assert not settings.audit_key.is_relative_to(place)
 
 
 def test_a_gpu_is_asked_for_only_where_there_is_one() -> None:

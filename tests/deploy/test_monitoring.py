@@ -146,11 +146,17 @@ def test_compose_gives_the_service_what_it_needs() -> None:
     service = COMPOSE["services"]["dermaflux"]
     variables: dict[str, Any] = service["environment"]
     settings = Settings.from_environment(variables)
-    for file in (settings.keys, settings.tls_cert, settings.tls_key):
+    for file in (settings.keys, settings.tls_cert, settings.tls_key, settings.audit_key):
         assert file is not None
         assert file.parent == Path("/run/secrets")
         assert file.name in service["secrets"]
     assert variables["BENTOML_DO_NOT_TRACK"] == "true"
+    (records,) = [one.split(":")[1] for one in service["volumes"]]
+    for folder in (settings.audit, settings.marks):
+        assert folder is not None
+        assert folder.is_relative_to(records)
+    # The group that may write into what the image has there.
+    assert service["user"] == "1034:0"
     written = [one.split(":")[0] for one in service["tmpfs"]]
     assert written == ["/tmp", "/var/lib/dermaflux/home"]
     grace = float(service["stop_grace_period"].removesuffix("s"))

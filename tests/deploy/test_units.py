@@ -17,7 +17,7 @@ KNOWN = {
     *("Image", "ContainerName", "Pull", "User", "Group", "Environment", "Secret", "ReadOnly"),
     *("Tmpfs", "DropCapability", "NoNewPrivileges", "PidsLimit", "Ulimit", "Network"),
     *("PublishPort", "HealthCmd", "HealthInterval", "HealthTimeout", "HealthRetries"),
-    *("HealthStartPeriod", "HealthOnFailure", "PodmanArgs"),
+    *("HealthStartPeriod", "HealthOnFailure", "PodmanArgs", "Volume"),
 }
 
 
@@ -113,7 +113,11 @@ def test_the_container_of_podman_is_confined() -> None:
     assert all(port.startswith("127.0.0.1:") for port in container["PublishPort"])
     settings = Settings.from_environment(variables(container["Environment"]))
     secrets = {line.split(",")[0] for line in container["Secret"]}
-    for file in (settings.keys, settings.tls_cert, settings.tls_key):
+    (records,) = [line.split(":")[1] for line in container["Volume"]]
+    for folder in (settings.audit, settings.marks):
+        assert folder is not None
+        assert folder.is_relative_to(records)
+    for file in (settings.keys, settings.tls_cert, settings.tls_key, settings.audit_key):
         assert file is not None
         assert file.name in secrets
     assert all("mode=0400" in line and "uid=1034" in line for line in container["Secret"])

@@ -57,8 +57,8 @@ class Caller:
 
     @property
     def lane(self) -> str:
-        """What shares one turn in the queue: all requests of a key, or of an unknown address."""
-        return self.name if self.name != ANONYMOUS else f"{ANONYMOUS} {self.address}"
+        """What shares one turn in the queue: all requests of a key, or of an unknown network."""
+        return self.name if self.name != ANONYMOUS else f"{ANONYMOUS} {network(self.address)}"
 
     def may(self, role: Role) -> bool:
         """Whether this caller has `role`; `admin` is for everybody where there are no keys."""

@@ -7,7 +7,6 @@ what is not in it answers 404, and a route in it that has no endpoint stops the 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +27,7 @@ from serving.audit.middleware import Audited
 from serving.card import ModelCard
 from serving.classify import Classifying, not_available
 from serving.doctor.report import report
+from serving.door import Door
 from serving.drawing import Drawing
 from serving.generate import Generation
 from serving.gpu import Gpus
@@ -40,7 +40,7 @@ from serving.openapi import document
 from serving.orders import Orders
 from serving.readiness import Readiness
 from serving.records import Records
-from serving.replies import CLIENT_LEFT, Refusal, error_response
+from serving.replies import CLIENT_LEFT, error_response
 from serving.scores import Scores
 from serving.scrape import exposition
 from serving.settings import Settings
@@ -163,7 +163,7 @@ def create_app(
         records.close()
 
     # Bounds the memory of bodies being read, before any queue is asked.
-    door = asyncio.Semaphore(settings.open_requests)
+    door = Door(settings.open_requests)
 
     def route(path: str, endpoint: Endpoint) -> Route:
         method, _ = ROUTES[path]
@@ -233,15 +233,12 @@ def _for(whom: Whom, endpoint: Endpoint) -> Endpoint:
     return admit
 
 
-def _through(door: asyncio.Semaphore, readiness: Readiness, endpoint: Endpoint) -> Endpoint:
+def _through(door: Door, readiness: Readiness, endpoint: Endpoint) -> Endpoint:
     """`endpoint`, once ready, for as many callers at once as the door lets in; else a refusal."""
 
     async def enter(request: Request) -> Response:
         readiness.require()
-        if door.locked():
-            crowded = "Too many requests are being answered; come back in a second."
-            raise Refusal(429, "busy", crowded, headers={"Retry-After": "1"})
-        async with door:
+        with door.place(caller_of(request).lane):
             return await endpoint(request)
 
     return enter

@@ -6,14 +6,23 @@ are weak, its telemetry is on. A service of this class has ours instead, in ever
 the command line was.
 
     @bentoml.service(name="dermaflux", service_class=Configured)
+
+Its process manager (circus) takes commands, also to run any program, from whoever connects to two
+loopback ports; here it listens in a folder of this user alone. And the processes that answer speak
+through `serving.connections`, which gives clients their time.
 """
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
+import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -44,6 +53,8 @@ class Configured(Service[Any]):  # type: ignore[misc]
 
         super().inject_config()
         _send_no_telemetry()
+        _keep_control_private()
+        _give_clients_their_time()
         try:
             settings = Settings.from_environment(os.environ)
             config = BentoMLContainer.config.get()
@@ -129,6 +140,51 @@ def listening_host() -> str | None:
     if context is None or "host" not in context.params:
         return None
     return str(context.params["host"] or BentoMLContainer.http.host.get())
+
+
+def private_arbiter(watchers: list[Any], *, threaded: bool = False, **options: Any) -> Any:
+    """BentoML's process manager, which only this user can command.
+
+    In place of `bentoml._internal.utils.circus.create_standalone_arbiter`, which takes ports.
+    """
+    from bentoml._internal.utils.circus import Arbiter, ThreadedArbiter
+
+    folder = Path(tempfile.mkdtemp(prefix="dermaflux-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    ends = {"endpoint": f"ipc://{folder}/control", "pubsub_endpoint": f"ipc://{folder}/news"}
+    # BentoML's own number: circus' default asks for processes that are not up yet.
+    options = {"check_delay": 10, **ends, **options}
+    return (ThreadedArbiter if threaded else Arbiter)(watchers, **options)
+
+
+def close_ports_of_others(folder: Path = Path("/proc/self/fd")) -> None:
+    """Let go of sockets that listen on a network, which a process got from its parent.
+
+    For a process that answers on a Unix socket: it would keep the service's port taken, and never
+    answer there, if it outlived the one whose port it is.
+    """
+    for number in [int(one.name) for one in folder.iterdir()] if folder.exists() else []:
+        try:
+            with socket.socket(fileno=os.dup(number)) as copy:
+                network = copy.family in (socket.AF_INET, socket.AF_INET6)
+                listens = copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError:  # no socket, or the one that listed the folder
+            continue
+        if network and listens:
+            os.close(number)
+
+
+def _keep_control_private() -> None:
+    from bentoml._internal.utils import circus
+
+    circus.create_standalone_arbiter = private_arbiter
+
+
+def _give_clients_their_time() -> None:
+    """BentoML lets uvicorn choose what speaks HTTP."""
+    from uvicorn.config import HTTP_PROTOCOLS
+
+    HTTP_PROTOCOLS["auto"] = "serving.connections:Connection"
 
 
 def _started_by_bentoml() -> bool:

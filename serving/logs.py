@@ -46,6 +46,8 @@ MAX_PLACES: Final = 30
 """Of one exception; what runs into itself has a thousand."""
 MAX_CAUSES: Final = 8
 """One behind the other; they may go round in a circle."""
+NOISE: Final = 10
+"""Warnings of uvicorn a minute: any stranger can cause one with a line that is no HTTP."""
 QUIET_ROUTES: Final = frozenset({"/readyz", "/metrics", "starting"})
 """Asked every few seconds by machines."""
 
@@ -67,6 +69,10 @@ def configure(form: str) -> None:
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     known = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    for log in known:
+        # Else what has a handler of its own is written by the root's too.
+        log.propagate = log.propagate and not log.handlers
+    logging.getLogger("uvicorn.error").filters = [Seldom()]
     for handler in {one for log in (logging.root, *known) for one in log.handlers}:
         handler.setFormatter(formatter)
         handler.filters.clear()
@@ -83,6 +89,27 @@ def configure(form: str) -> None:
 def outline(error: BaseException) -> str:
     """Types and places of an exception and of what it came from, the first one first."""
     return "\n".join(_outlined(error))
+
+
+class Seldom(logging.Filter):
+    """Lets so many warnings a minute through, and says with the next how many it held back."""
+
+    def __init__(self, most: int = NOISE, seconds: float = 60.0) -> None:
+        super().__init__()
+        self._most, self._seconds = most, seconds
+        self._begin, self._count = 0.0, 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is written; all but warnings are."""
+        if record.levelno != logging.WARNING:
+            return True
+        if not 0 <= record.created - self._begin < self._seconds:
+            held = self._count - self._most
+            if held > 0:
+                record.msg, record.args = f"{record.getMessage()} ({held} more before)", ()
+            self._begin, self._count = record.created, 0
+        self._count += 1
+        return self._count <= self._most
 
 
 class AccessLog:

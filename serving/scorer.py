@@ -31,7 +31,7 @@ from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
 from dermaflux.errors import BundleError, EngineError
 from serving.draining import Work, finish_before_exit
-from serving.framework import Configured
+from serving.framework import Configured, close_ports_of_others
 from serving.scores import LOADING, READY, beside, trouble_of
 from serving.scoring import Fault, Photograph, Result, Scoring
 from serving.settings import Settings
@@ -82,6 +82,7 @@ class Scorer:
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
         """End only after the process that asks, which finishes its own requests first."""
+        close_ports_of_others()
 
         async def alone() -> None:
             try:

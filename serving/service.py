@@ -36,7 +36,7 @@ from dermaflux.pipeline import Pipeline
 from dermaflux.residency import planned
 from serving import records
 from serving.access import refuse_open_door
-from serving.app import OWN_PATHS, create_app, paths
+from serving.app import OWN_PATHS, SYSTEM_PATHS, SecurityHeaders, create_app, paths
 from serving.card import GoldenCard, card_of
 from serving.draining import Work, finish_before_exit
 from serving.framework import listening_host
@@ -69,13 +69,17 @@ class _Bounded(Untimed):
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
         app = super().to_asgi(is_main)
+        # What it answers itself; the rest has these headers from our app.
+        named = SecurityHeaders(app)
         known = paths()
 
         async def with_known_path(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] in ("http", "websocket") and scope["path"] not in known:
                 scope = {**scope, "path": UNKNOWN_PATH}
-            ours = scope["type"] == "http" and scope["path"] in OWN_PATHS
-            await (_mounted if ours else app)(scope, receive, send)
+            if scope["type"] == "http" and scope["path"] in OWN_PATHS:
+                await _mounted(scope, receive, send)
+            else:
+                await (named if scope.get("path") in SYSTEM_PATHS else app)(scope, receive, send)
 
         return with_known_path
 

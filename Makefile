@@ -41,10 +41,12 @@ test: setup
 test-optimum: .venv-optimum/.complete $(BUNDLE)/bundle.json
 	DERMAFLUX_TEST_BUNDLE=$(BUNDLE) .venv-optimum/bin/python -m pytest tests/optimum
 
-# Everything that a machine without a network needs, in one folder; SIGN=site.key signs its sums.
+# Everything that a machine without a network needs, in one folder; SIGN=site.key signs its sums. For
+# another BUNDLE, FIGURES names its checkpoint and evaluation for the model cards, or is empty.
 KIT ?= dist/kit
+FIGURES ?= --reports models/mini --evaluation docs/classifier.md
 kit: setup $(BUNDLE)/bundle.json
-	$(BIN)/python -m deploy.kit $(BUNDLE) --out $(KIT) $(if $(SIGN),--sign $(SIGN))
+	$(BIN)/python -m deploy.kit $(BUNDLE) --out $(KIT) $(FIGURES) $(if $(SIGN),--sign $(SIGN))
 
 # Installs it in an empty environment with the network off, and serves from there; takes minutes, so
 # not part of `make test`.

@@ -34,6 +34,7 @@ from typing import Any, Final
 
 from packaging.utils import parse_wheel_filename
 
+from deploy.cards import cards
 from deploy.sizes import sizes
 from dermaflux import files
 from dermaflux.bundle import Bundle
@@ -62,6 +63,8 @@ class Settings:
     bundle: Path = option("the bundle that it serves")
     out: Path = option("folder, which is replaced", Path("dist/kit"))
     extras: tuple[str, ...] = option(f"of pyproject.toml; default: {','.join(EXTRAS)}", EXTRAS)
+    reports: Path | None = option("the bundle's checkpoint, for figures of the model cards", None)
+    evaluation: Path | None = option("Markdown with figures by subgroup, for the same", None)
     wheels: Path | None = option("take wheels from this folder and ask no index", None)
     sign: Path | None = option("PEM file of a private key (RSA or EC) that signs the sums", None)
 
@@ -86,6 +89,9 @@ def make(settings: Settings) -> dict[str, Any]:
         (kit / "requirements.txt").write_text(locked(kit / "wheels"))
         shutil.copytree(bundle.path, kit / "bundle")
         papers(bundle, settings.extras, kit)
+        figures = settings.reports or kit  # where there is none, the cards say so
+        for name, text in cards(bundle, figures, settings.evaluation).items():
+            (kit / "docs/hospital" / name).write_text(text)
         pack(kit)
         told = {
             "name": "dermaflux",

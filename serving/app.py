@@ -163,7 +163,8 @@ def create_app(
         records.close()
 
     # Bounds the memory of bodies being read, before any queue is asked.
-    door = Door(settings.open_requests)
+    largest = max(settings.max_upload_bytes, settings.max_batch_bytes, settings.max_json_bytes)
+    door = Door(settings.open_requests, 2 * largest)
 
     def route(path: str, endpoint: Endpoint) -> Route:
         method, _ = ROUTES[path]
@@ -238,7 +239,7 @@ def _through(door: Door, readiness: Readiness, endpoint: Endpoint) -> Endpoint:
 
     async def enter(request: Request) -> Response:
         readiness.require()
-        with door.place(caller_of(request).lane):
+        with door.place(caller_of(request).lane) as request.state.place:
             return await endpoint(request)
 
     return enter

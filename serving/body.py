@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from serving.door import Place
 from serving.replies import Refusal
 from serving.schema import first_fault
 
@@ -36,8 +37,8 @@ async def read_json(request: Request, model: type[Model], limit: int, seconds: f
     """Read a JSON body and check it against `model`.
 
     Raises:
-        Refusal: 415 not JSON by its type, 413 too long, 408 too slow, 400 not JSON,
-            422 a field is wrong.
+        Refusal: 415 not JSON by its type, 413 too long, 408 too slow, 429 too much at once,
+            400 not JSON, 422 a field is wrong.
     """
     if _media_type(request.headers.get("content-type", "")) != "application/json":
         raise Refusal(
@@ -59,8 +60,8 @@ async def read_image(request: Request, limit: int, seconds: float) -> bytes:
     """Read the image file of a classification: the body itself, or the form's file `image`.
 
     Raises:
-        Refusal: 415 neither an image nor a form by its type, 413 too long, 408 too slow,
-            400 empty or not one file named `image`.
+        Refusal: 415 neither an image nor a form by its type, 413 too long, 408 too slow, 429 too
+            much at once, 400 empty or not one file named `image`.
     """
     content_type = request.headers.get("content-type", "")
     kind = _media_type(content_type)
@@ -81,8 +82,8 @@ async def read_images(
     """Read the form of several classifications: its files in order, or why one is not taken.
 
     Raises:
-        Refusal: 415 not a form by its type, 413 too long, 408 too slow, 400 not a form of files
-            named `image`, or of more than `most`.
+        Refusal: 415 not a form by its type, 413 too long, 408 too slow, 429 too much at once, 400
+            not a form of files named `image`, or of more than `most`.
     """
     if _media_type(request.headers.get("content-type", "")) != "multipart/form-data":
         raise Refusal(
@@ -115,11 +116,12 @@ async def _read(request: Request, limit: int, seconds: float) -> bytes:
     # Longer digit strings than int() converts are refused as well, by their length alone.
     if len(declared) > 18 or (declared.isdecimal() and int(declared) > limit):
         raise too_large
-    body = bytearray()
+    body, place = bytearray(), cast(Place, request.state.place)
     begin = asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout(min(seconds, GRACE_SECONDS)) as bound:
             async for chunk in request.stream():
+                place.hold(len(chunk))
                 body += chunk
                 if len(body) > limit:
                     raise too_large

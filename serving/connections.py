@@ -8,7 +8,8 @@ a process may have open. Here each of them has its time:
 * a reply that is given before the whole body has come (a refusal) says `Connection: close`. What
   still comes is thrown away for `LINGER_SECONDS`: closed at once, the client's next packet would be
   answered with a reset, which can take the reply along;
-* a reader that takes nothing of a reply for `UNREAD_SECONDS` is given up.
+* a reader that takes nothing of a reply for `UNREAD_SECONDS` is given up, and at the process's end
+  after `END_SECONDS`.
 
 The time of a body that is read is that of whoever reads it (`serving.body`). A request that tells
 its length in both ways is refused as malformed: two programs in a row may believe either, and then
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 HEAD_SECONDS: Final = 15.0
 LINGER_SECONDS: Final = 5.0
 UNREAD_SECONDS: Final = 30.0
+END_SECONDS: Final = 5
 MAX_HEAD: Final = 16_384
 """Bytes of a head, that of h11: ours needs a twentieth."""
 BOTH_LENGTHS: Final = frozenset({b"content-length", b"transfer-encoding"})
@@ -52,6 +54,9 @@ class Connection(H11Protocol):
         super().__init__(config, server_state, app_state, _loop)
         self.conn = _Strict(h11.SERVER, config.h11_max_incomplete_event_size or MAX_HEAD)
         self.app = cast(Any, self._closing(cast("ASGIApp", self.app)))
+        # At its end uvicorn would wait for ever for who does not read; what was begun is finished
+        # before (`serving.draining`).
+        config.timeout_graceful_shutdown = config.timeout_graceful_shutdown or END_SECONDS
         self.written = 0
         self.lingering = False
         self._head: asyncio.TimerHandle | None = None

@@ -1,12 +1,13 @@
-"""How many requests with a body are answered at once, so that memory is bounded before any queue is
-asked, and how many of them one caller may have.
+"""How many requests with a body are answered at once, how many bytes of bodies are held, and how
+much of both one caller may have: the bounds of memory before any queue is asked.
 
-The last quarter of the places is for others than whoever fills the rest, as in the queue of images
-(`serving.waiting`): uploads that come slowly, or nobody in particular with many programs, do not
-shut the service for everybody.
+The last quarter is for others than whoever fills the rest, as in the queue of images
+(`serving.waiting`): uploads that come slowly, or many programs of one caller, do not shut the
+service for everybody. Bytes count as they come, not as they are announced.
 
-    >>> door = Door(64)
-    >>> with door.place("ward 3"): ...
+    >>> door = Door(places=64, held_bytes=200_000_000)
+    >>> with door.place("ward 3") as place:
+    ...     place.hold(len(chunk))
 """
 
 from __future__ import annotations
@@ -14,39 +15,71 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 from serving.replies import Refusal
 from serving.waiting import KEPT_FREE
 
 
 class Door:
-    """Places for `places` requests. For one event loop."""
+    """Room for `places` requests and `held_bytes` of their bodies. For one event loop."""
 
-    def __init__(self, places: int) -> None:
+    def __init__(self, places: int, held_bytes: int) -> None:
         self._places = places
-        self._own = places - places // KEPT_FREE
+        self._bytes = held_bytes
         self._inside: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
 
     @contextmanager
-    def place(self, lane: str) -> Iterator[None]:
+    def place(self, lane: str) -> Iterator[Place]:
         """A place while a request of `lane` (a key, or an unknown address) is answered.
 
         Raises:
             Refusal: 429, all are taken, or all that one caller may have.
         """
         if self._inside.total() >= self._places:
-            _refuse("Too many requests are being answered; come back in a second.")
-        if self._inside[lane] >= self._own:
-            _refuse(f"{self._own} requests of yours are being answered; wait for one of them.")
+            raise _crowded("Too many requests are being answered; come back in a second.")
+        if self._inside[lane] >= _own(self._places):
+            raise _crowded(f"{self._inside[lane]} requests of yours are being answered; wait.")
+        place = Place(self, lane)
         self._inside[lane] += 1
         try:
-            yield
+            yield place
         finally:
             self._inside[lane] -= 1
-            # The empty count of whoever was here once would stay else.
+            self._held[lane] -= place.held
+            # The empty counts of whoever was here once would stay else.
             self._inside += Counter()
+            self._held += Counter()
+
+    def hold(self, lane: str, count: int) -> None:
+        """See `Place.hold`."""
+        if self._held.total() + count > self._bytes:
+            raise _crowded("Too many bytes are being read or classified; come back in a second.")
+        if self._held[lane] + count > _own(self._bytes):
+            raise _crowded(f"{self._held[lane]:,} bytes of yours are being read or classified.")
+        self._held[lane] += count
 
 
-def _refuse(words: str) -> NoReturn:
-    raise Refusal(429, "busy", words, headers={"Retry-After": "1"})
+class Place:
+    """One request's; what it holds counts until it is answered."""
+
+    def __init__(self, door: Door, lane: str) -> None:
+        self.held = 0
+        self._door, self._lane = door, lane
+
+    def hold(self, count: int) -> None:
+        """Count so many bytes more.
+
+        Raises:
+            Refusal: 429, that is more than all together, or one caller, may hold.
+        """
+        self._door.hold(self._lane, count)
+        self.held += count
+
+
+def _own(all_there_is: int) -> int:
+    return all_there_is - all_there_is // KEPT_FREE
+
+
+def _crowded(words: str) -> Refusal:
+    return Refusal(429, "busy", words, headers={"Retry-After": "1"})

@@ -33,6 +33,7 @@ from dermaflux.prompt import WORDING
 from dermaflux.tokens import Tokens
 from serving.app import create_app
 from serving.card import GoldenCard, ModelCard, card_of
+from serving.connections import Connection
 from serving.readiness import Readiness
 from serving.scores import Local, Scores
 from serving.scoring import Scoring
@@ -203,7 +204,9 @@ def running(
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", lifespan="off", http=Connection)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         until(lambda: server.started)

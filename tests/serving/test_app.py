@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from dermaflux.bundle import GENERATOR_PARTS
 from dermaflux.prompt import VOCABULARY
+from serving import body
 from serving.app import SECURITY_HEADERS, STATIC, SYSTEM_PATHS, paths
+from serving.door import Door
+from serving.replies import Refusal
 from serving.settings import SettingError, Settings
 from tests.serving.live import Live, running
 from tests.serving.test_generate import error
+
+PNG = {"content-type": "image/png"}
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/model", "/openapi.json", "/static/main.js", "/nothing"])
@@ -79,6 +88,83 @@ def test_open_requests_are_bounded() -> None:
             live.client.post("/v1/generate", json={"lesion": {"label": "benign"}}).status_code
             == 200
         )
+
+
+def stalled(live: Live, length: int = 100, sent: bytes = b"{") -> socket.socket:
+    """A request whose body does not come whole."""
+    url = httpx.URL(live.url)
+    way = socket.create_connection((url.host, url.port or 80), timeout=10)
+    head = (
+        "POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+        f"Content-Length: {length}\r\nExpect: 100-continue\r\n\r\n"
+    )
+    way.sendall(head.encode())
+    # Said when the body begins to be read.
+    told = way.recv(1000)
+    assert told.startswith((b"HTTP/1.1 100", b"HTTP/1.1 429")), told
+    way.sendall(sent)
+    return way
+
+
+def test_bodies_that_do_not_come_hold_a_place_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not until the deadline, whatever length they announce."""
+    monkeypatch.setattr(body, "GRACE_SECONDS", 0.5)
+    with running(open_requests=2) as live, stalled(live, 19_000_000) as one, stalled(live) as two:
+        reply = live.client.post("/v1/classify", content=b"x", headers=PNG)
+        assert (reply.status_code, error(reply)["code"]) == (429, "busy")
+        for way in (one, two):
+            assert way.recv(1000).startswith(b"HTTP/1.1 408")
+        assert live.client.post("/v1/classify", content=b"x", headers=PNG).status_code == 400
+
+
+def test_bodies_that_keep_up_their_pace_have_the_time_they_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(body, "GRACE_SECONDS", 0.5)
+    with running() as live, stalled(live, 60_001, bytes(60_000)) as way:
+        threading.Event().wait(1.0)
+        way.sendall(b"x")
+        assert way.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+def test_one_caller_leaves_places_for_others() -> None:
+    door = Door(places=8, held_bytes=800)
+    with ExitStack() as inside:
+        for _ in range(6):
+            inside.enter_context(door.place("greedy"))
+        with pytest.raises(Refusal, match="6 requests of yours") as told, door.place("greedy"):
+            pass
+        assert (told.value.status, told.value.headers["Retry-After"]) == (429, "1")
+        inside.enter_context(door.place("a"))
+        inside.enter_context(door.place("b"))
+        with pytest.raises(Refusal, match="Too many requests"), door.place("c"):
+            pass
+    with door.place("greedy") as place:
+        assert place.held == 0
+
+
+def test_bytes_of_bodies_are_bounded() -> None:
+    door = Door(places=8, held_bytes=800)
+    with door.place("greedy") as place, door.place("other") as more:
+        place.hold(600)
+        with pytest.raises(Refusal, match="600 bytes of yours"):
+            place.hold(1)
+        more.hold(200)
+        with pytest.raises(Refusal, match="Too many bytes"):
+            more.hold(1)
+    with door.place("greedy") as place:
+        place.hold(600)
+
+
+def test_uploads_that_are_held_are_bounded_in_bytes() -> None:
+    """However many places there are: eight of the largest uploads do not fit at once."""
+    upload = {"max_upload_bytes": 100_000, "max_batch_bytes": 100_000, "max_json_bytes": 1000}
+    with running(**upload) as live, ExitStack() as lines:
+        ways = [
+            lines.enter_context(stalled(live, 100_000, bytes(70_000 if n < 2 else 20_000)))
+            for n in range(3)
+        ]
+        assert ways[2].recv(1000).startswith(b"HTTP/1.1 429")
 
 
 def test_request_id_is_kept_if_harmless(live: Live) -> None:

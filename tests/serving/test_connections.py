@@ -152,3 +152,15 @@ def test_a_slow_reader_gets_all(server: uvicorn.Server) -> None:
             if time.monotonic() - begin < 1.2:
                 threading.Event().wait(0.05)
         assert found > LARGE
+
+
+def test_an_end_does_not_wait_for_who_does_not_read(
+    server: uvicorn.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "UNREAD_SECONDS", 60.0)
+    monkeypatch.setattr(connections, "END_SECONDS", 1)
+    with dialled(server) as way:
+        way.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        until(lambda: len(server.server_state.tasks) == 1)
+        server.should_exit = True
+        until(lambda: not server.server_state.tasks, seconds=10)

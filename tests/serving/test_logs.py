@@ -13,7 +13,17 @@ import pytest
 
 from dermaflux.errors import BundleError, EngineError, ImageError, RequestError
 from serving.keys import line, made
-from serving.logs import FIELDS, MAX_CAUSES, MAX_PLACES, TALKATIVE, AccessLog, _Json, _Text, outline
+from serving.logs import (
+    FIELDS,
+    MAX_CAUSES,
+    MAX_PLACES,
+    TALKATIVE,
+    AccessLog,
+    Seldom,
+    _Json,
+    _Text,
+    outline,
+)
 from tests.serving.live import running
 from tests.serving.test_generate import error
 
@@ -232,3 +242,36 @@ def test_other_protocols_pass() -> None:
 
     asyncio.run(AccessLog(app)({"type": "lifespan"}, None, None))  # type: ignore[arg-type]
     assert seen == [{"type": "lifespan"}]
+
+
+TWICE = """
+import logging, sys
+from bentoml._internal.log import configure_server_logging
+from serving.logs import configure
+configure_server_logging()
+configure("text")
+for number in range(30):
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+logging.getLogger("uvicorn.error").error("an error")
+logging.getLogger("bentoml").warning("another's")
+"""
+
+
+def test_strangers_cannot_fill_the_log() -> None:
+    """A line that is no HTTP leaves one line, not two, and a thousand of them ten a minute."""
+    done = subprocess.run([sys.executable, "-c", TWICE], cwd=ROOT, capture_output=True, text=True)
+    told = done.stdout + done.stderr
+    assert told.count("Invalid HTTP request received.") == 10, told
+    assert (told.count("an error"), told.count("another's")) == (1, 1)
+
+
+def test_what_was_held_back_is_counted() -> None:
+    seldom = Seldom(most=2)
+
+    def written(at: float) -> str | None:
+        record = logging.LogRecord("x", logging.WARNING, "", 0, "noise %d", (1,), None)
+        record.created = at
+        return record.getMessage() if seldom.filter(record) else None
+
+    found = [written(at) for at in (1000, 1001, 1002, 1003, 1061, 900)]
+    assert found == ["noise 1", "noise 1", None, None, "noise 1 (2 more before)", "noise 1"]

@@ -40,7 +40,7 @@ from serving.openapi import document
 from serving.orders import Orders
 from serving.readiness import Readiness
 from serving.records import Records
-from serving.replies import CLIENT_LEFT, error_response
+from serving.replies import CLIENT_LEFT, error_response, let_go
 from serving.scores import Scores
 from serving.scrape import exposition
 from serving.settings import Settings
@@ -254,6 +254,7 @@ def _answering(path: str, endpoint: Endpoint, metrics: Metrics) -> Endpoint:
             response = await endpoint(request)
         except Exception as error:
             response = error_response(request, error)
+            let_go(error)
             if response.status_code == CLIENT_LEFT:
                 request.state.outcome = "left"
         metrics.request(path, response.status_code)

@@ -71,6 +71,11 @@ class Connection(H11Protocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        # Else this, with what it has read, would stay until Python next collects what goes round.
+        self._head = self._unread = None
+        self.app = cast(Any, None)
+        if self.cycle is not None:
+            self.cycle.transport = self.transport
 
     def data_received(self, data: bytes) -> None:
         if not self.lingering:

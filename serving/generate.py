@@ -26,7 +26,7 @@ from serving.body import Model, read_json
 from serving.orders import Orders, as_base64
 from serving.pictures import Picture, reply
 from serving.records import failed
-from serving.replies import Refusal, error_reply
+from serving.replies import Refusal, error_reply, let_go
 from serving.settings import Settings
 from serving.stream import STILL_HERE, EventStream, Inbox, event
 from serving.ticket import Position, Step, Ticket
@@ -132,6 +132,7 @@ class Generation:
         except Exception as error:
             # The status has been sent, so failures from here on are told in the stream.
             told = error_reply(request, error)
+            let_go(error)
             await failed(request, told.error.code)
             yield event("error", told, exclude_none=True)
 

@@ -48,7 +48,7 @@ from serving.openai_schema import (
 from serving.orders import Orders, as_base64
 from serving.pictures import Picture
 from serving.records import failed
-from serving.replies import Refusal, error_reply, refusal
+from serving.replies import Refusal, error_reply, let_go, refusal
 from serving.settings import Settings
 from serving.stream import STILL_HERE, EventStream, Inbox, event
 from serving.ticket import Step, Ticket
@@ -176,6 +176,7 @@ class OpenAIImages:
             told = error_reply(request, error).error
             await failed(request, told.code)
             status = refusal(error).status
+            let_go(error)
             _, form = openai_form.error_form(status, told.code, told.message, told.field)
             yield f"event: error\ndata: {json.dumps(form)}\n\n"
 

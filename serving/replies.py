@@ -121,6 +121,24 @@ def error_response(request: Request, error: Exception) -> Response:
     )
 
 
+def let_go(error: BaseException) -> None:
+    """Drop the places of an exception that has been answered, and of what it came from.
+
+    Through them it holds all variables of its way, an upload among them; and often one of those is
+    the exception itself, or a task that ended with it. Such a circle stays in memory until Python's
+    next collection of everything, which a service that refuses large uploads may not live to see.
+    """
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            left += [one.__cause__, one.__context__]
+            left += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+
+
 def _sentence(text: str) -> str:
     """With one full stop, and without the middle of a long value that it may repeat."""
     if len(text) > LONGEST:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -164,3 +166,19 @@ def test_an_end_does_not_wait_for_who_does_not_read(
         until(lambda: len(server.server_state.tasks) == 1)
         server.should_exit = True
         until(lambda: not server.server_state.tasks, seconds=10)
+
+
+def test_a_connection_that_is_over_is_freed_at_once(server: uvicorn.Server) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with dialled(server) as way:
+            way.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\nabc")
+            assert all_of(way).endswith(b"well")
+            (line,) = server.server_state.connections
+            over = weakref.ref(line)
+            del line
+        until(lambda: not server.server_state.connections)
+        until(lambda: over() is None)
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@ our form, none is a failure of ours, and the service answers as before afterward
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import random
@@ -227,6 +228,44 @@ def test_bombs_take_no_memory(size: tuple[int, int]) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5_000_000
+
+
+UPLOAD = 4_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "status"),
+    [
+        ("/v1/classify", "image/png", 400),
+        ("/v1/classify", "multipart/form-data; boundary=x", 400),
+        ("/v1/classify/batch", "multipart/form-data; boundary=x", 400),
+        ("/v1/verify", "image/png", 400),
+        ("/v1/generate", "application/json", 413),
+    ],
+)
+def test_refused_uploads_are_freed_at_once(live: Live, path: str, kind: str, status: int) -> None:
+    """Not when Python next collects what refers to itself in a circle."""
+    wrong = b'--x\r\nContent-Disposition: form-data; name="other"; filename="a"\r\n\r\n'
+    body = (wrong if "form" in kind else b"") + bytes(UPLOAD)
+    body += b"\r\n--x--\r\n" if "form" in kind else b""
+
+    def ask() -> None:
+        reply = live.client.post(path, content=body, headers={"content-type": kind})
+        assert judged(reply) == status
+
+    ask()
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(5):
+            ask()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert after - before < UPLOAD
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1/a.png", "https://a/b", "file:///etc/passwd"])

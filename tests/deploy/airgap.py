@@ -63,6 +63,8 @@ try:
     told["alive"] = probe("/livez")
     lesion = json.dumps({"lesion": {"label": "malignant"}, "seed": 7}).encode()
     status, drawn = get("/v1/generate", lesion, "application/json")
+    with open(f"{folder}/drawn.png", "wb") as file:
+        file.write(drawn)
     told["drawn"] = [status, drawn[:8] == b"\\x89PNG\\r\\n\\x1a\\n"]
     told["classified"] = get("/v1/classify", drawn, "image/png")[0]
     card = json.loads(get("/v1/model")[1])
@@ -71,6 +73,14 @@ try:
 finally:
     service.send_signal(signal.SIGTERM)
     told["status"] = service.wait(150)
+def command(*words):
+    return subprocess.run([sys.executable, "-m", *words], cwd=f"{place}/bento/src",
+                          stdout=2).returncode
+
+told["log holds"] = command("serving.audit", "verify", f"{folder}/audit", "--key",
+                            f"{folder}/audit.key")
+told["signed here"] = command("serving.verify", f"{folder}/drawn.png", "--marks",
+                              f"{folder}/marks")
 told["torch"] = subprocess.run([sys.executable, "-c", "import torch"], stderr=-3).returncode == 0
 print(json.dumps(told))
 """
@@ -147,6 +157,9 @@ def test_it_serves_draws_and_classifies(kit: Path, place: Path, folder: Path) ->
         BENTOML_HOME=str(room / "home"),
         TMPDIR=str(room / "tmp"),
         DERMAFLUX_BUNDLE=str(place / "bundle"),
+        DERMAFLUX_AUDIT=str(room / "audit"),
+        DERMAFLUX_AUDIT_KEY=str(room / "audit.key"),
+        DERMAFLUX_MARKS=str(room / "marks"),
         PYTHONDONTWRITEBYTECODE="1",
     )
     log = (room / "log.txt").read_text() if (room / "log.txt").exists() else ""
@@ -162,6 +175,8 @@ def test_it_serves_draws_and_classifies(kit: Path, place: Path, folder: Path) ->
         "golden": "passed",
         "metrics": True,
         "status": 0,
+        "log holds": 0,
+        "signed here": 0,
         "torch": False,
     }
 

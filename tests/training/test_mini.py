@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,16 @@ def test_adamw_alone_trains_and_its_state_is_not_taken_up_by_muon(
     longer = dataclasses.replace(PLAN, hours=2 * SECOND)
     with pytest.raises(data.DatasetError, match="cannot be used as a state"):
         mini.train_generator(mini.corpus(prepared), TINY, longer, tmp_path)
+
+
+def test_nothing_is_reconstructed_where_there_is_no_test_split(
+    dataset: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(dataset, alone)
+    listing = alone / "metadata.jsonl"
+    lines = listing.read_text().splitlines()
+    listing.write_text("".join(f"{one}\n" for one in lines if '"split": "test"' not in one))
+    assert len(listing.read_text().splitlines()) < len(lines)
+    prepared = mini.prepare(alone, TINY)
+    assert mini.evaluate(prepared, alone, tmp_path) == {"test_images": 0}

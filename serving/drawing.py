@@ -37,7 +37,7 @@ from serving.metrics import Metrics, Outcome
 from serving.pace import Pace
 from serving.replies import Refusal
 from serving.settings import Settings
-from serving.ticket import Item, News, Position, Snapshot, Ticket, items
+from serving.ticket import Done, Item, News, Position, Snapshot, Ticket, items
 from serving.waiting import Waiting, taken
 
 logger = logging.getLogger(__name__)
@@ -247,6 +247,8 @@ class Drawing:
 
     def _deliver(self, item: Item, pixels: Pixels) -> None:
         ticket = item.ticket
+        # Before the outcome, which is the end of all news.
+        tell(ticket, Done(item.number, pixels), self.end)
         with self._changed:
             self._running.pop(item, None)
             ticket.drawn[item.number] = pixels

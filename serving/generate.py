@@ -7,7 +7,6 @@ a right (`free-text`), so that nothing personal and nothing unforeseen gets into
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -23,7 +22,7 @@ from dermaflux.prompt import Lesion, caption, parse
 from dermaflux.request import Request as Wanted
 from serving.access import caller_of
 from serving.body import Model, read_json
-from serving.orders import Orders, as_base64
+from serving.orders import Finished, Orders, as_base64
 from serving.pictures import Picture, reply
 from serving.records import failed
 from serving.replies import Refusal, error_reply, let_go
@@ -59,7 +58,7 @@ class Generation:
         return reply(pictures, request.headers.get("accept", ""))
 
     async def stream(self, request: Request) -> Response:
-        """Server-sent events: `queued`, `position`, `progress`, then `image`s or `error`."""
+        """Server-sent events: `queued`, `position`, `progress`, an `image` when done, `error`."""
         body = await self.read(request, StreamRequest)
         wanted = self.wanted(request, body)
         ticket, inbox = self._orders.begun(request, wanted, body.previews)
@@ -105,7 +104,6 @@ class Generation:
     ) -> AsyncGenerator[str, None]:
         start = StreamStart(ahead=ticket.ahead, seed=wanted[0].seed, images=len(wanted))
         yield event("queued", start)
-        number = itertools.count()
         try:
             all_news = self._orders.followed(
                 request, ticket, inbox, wanted, body.format, body.quality
@@ -127,8 +125,8 @@ class Generation:
                                 image=news.item, step=news.step, steps=news.steps, preview=seen
                             )
                             yield event("progress", step)
-                        case Picture():
-                            yield event("image", self._told(next(number), news))
+                        case Finished():
+                            yield event("image", self._told(news.item, news.picture))
         except Exception as error:
             # The status has been sent, so failures from here on are told in the stream.
             told = error_reply(request, error)

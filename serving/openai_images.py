@@ -45,7 +45,7 @@ from serving.openai_schema import (
     Usage,
     UsageDetails,
 )
-from serving.orders import Orders, as_base64
+from serving.orders import Finished, Orders, as_base64
 from serving.pictures import Picture
 from serving.records import failed
 from serving.replies import Refusal, error_reply, let_go, refusal
@@ -162,12 +162,12 @@ class OpenAIImages:
                                 **common,
                             )
                             yield event(partial.type, partial)
-                        case Picture():
+                        case Finished(picture=picture):
                             done = CompletedEvent(
-                                b64_json=as_base64(news.data),
-                                output_format=news.form,
-                                seed=news.wanted.seed,
-                                usage=self._usage([news]),
+                                b64_json=as_base64(picture.data),
+                                output_format=picture.form,
+                                seed=picture.wanted.seed,
+                                usage=self._usage([picture]),
                                 **common,
                             )
                             yield event(done.type, done)

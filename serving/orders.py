@@ -14,6 +14,7 @@ import asyncio
 import base64
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 
 from starlette.requests import Request
@@ -30,10 +31,18 @@ from serving.metrics import Metrics
 from serving.pictures import Picture, preview
 from serving.records import note, record
 from serving.stream import Inbox, told
-from serving.ticket import News, Ticket
+from serving.ticket import Done, Position, Step, Ticket
 
 WRITERS = 2
 """Threads that write files; a large WebP takes half a second, which the drawing need not wait."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The ticket's image `item`, from 0, as a file."""
+
+    item: int
+    picture: Picture
 
 
 class Orders:
@@ -92,8 +101,8 @@ class Orders:
         wanted: Sequence[Wanted],
         form: Form,
         quality: int | None,
-    ) -> AsyncGenerator[News | Picture | None, None]:
-        """A ticket's news, then its pictures in order, each recorded; None in a silence.
+    ) -> AsyncGenerator[Position | Step | Finished | None, None]:
+        """A ticket's news, each picture as soon as it is done and recorded; None in a silence.
 
         Raises:
             Refusal: 503, a picture can be neither recorded nor shown.
@@ -104,11 +113,15 @@ class Orders:
         images.add_done_callback(lambda _: inbox.close())
         try:
             async for news in told(inbox):
-                yield news
-            for pixels, one in zip(images.result(), wanted, strict=True):
-                picture = await self._written(pixels, one, form, quality)
-                await record(request, [picture.pixels_sha256])
-                yield picture
+                if isinstance(news, Done):
+                    one = wanted[news.item]
+                    picture = await self._written(news.pixels, one, form, quality)
+                    await record(request, [picture.pixels_sha256])
+                    yield Finished(news.item, picture)
+                else:
+                    yield news
+            # All that was done has gone out; why the rest was not is told now.
+            images.result()
         finally:
             images.cancel()
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from serving.ticket import News, Step
+from serving.ticket import News, Position, Step
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +32,15 @@ STILL_HERE = ": still here\n\n"
 
 
 class Inbox:
-    """News of one ticket that its reader has not taken: the last position and step of each image.
+    """News of one ticket that its reader has not taken: the last position, the last step of each
+    image, and the images that are done.
 
     A preview that was not taken yet stays with the step that replaces its own.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._kept: dict[int | None, News] = {}
+        self._kept: dict[tuple[type[News], int | None], News] = {}
         self._something = asyncio.Event()
         self._closed = False
 
@@ -54,7 +55,7 @@ class Inbox:
 
     def put(self, news: News) -> None:
         """Keep it in place of the last of its kind."""
-        kind = news.item if isinstance(news, Step) else None
+        kind = type(news), None if isinstance(news, Position) else news.item
         older = self._kept.pop(kind, None)
         if isinstance(news, Step) and isinstance(older, Step) and news.preview is None:
             news = replace(news, preview=older.preview)

@@ -41,7 +41,15 @@ class Step:
     preview: Pixels | None = None
 
 
-News = Position | Step
+@dataclass(frozen=True)
+class Done:
+    """The ticket's image `item` is done: uint8 [height, width, 3]. Comes after its last step."""
+
+    item: int
+    pixels: Pixels
+
+
+News = Position | Step | Done
 
 
 @dataclass(frozen=True)

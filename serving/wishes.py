@@ -196,7 +196,7 @@ class StreamProgress(BaseModel):
 
 
 class StreamImage(BaseModel):
-    """Data of the event `image`, one for each; the last of them is the last event."""
+    """Data of the event `image`, one for each as soon as it is done; the last one ends it."""
 
     image: int = Field(description="From 0.")
     seed: int

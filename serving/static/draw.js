@@ -102,6 +102,8 @@ async function draw(wanted) {
       },
     });
     shown = wanted;
+    // Each came as soon as it was done.
+    images.sort((one, other) => one.image - other.image);
     gallery.show(images);
     const seeds = images.map(({ seed }) => seed);
     byId("draw-status").textContent = images.length === 1

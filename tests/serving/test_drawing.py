@@ -24,7 +24,7 @@ from serving.drawing import Drawing
 from serving.metrics import Metrics
 from serving.replies import Refusal
 from serving.settings import Settings
-from serving.ticket import News, Position, Step, Ticket
+from serving.ticket import Done, News, Position, Step, Ticket
 
 SECONDS = 10.0
 
@@ -461,7 +461,10 @@ def test_news_of_place_and_steps_and_previews(house):
     images(third)
     assert news[0] == Position(1)
     steps = [one for one in news if isinstance(one, Step)]
-    assert news[1:] == steps
+    done = [one for one in news if isinstance(one, Done)]
+    assert [one.item for one in sorted(done, key=lambda one: one.item)] == [0, 1]
+    assert {one.pixels.shape for one in done} == {(128, 128, 3)}
+    assert [one for one in news[1:] if not isinstance(one, Done)] == steps
     assert [(s.item, s.step, s.steps) for s in steps] == [(0, n, 5) for n in range(1, 6)] + [
         (1, 1, 1)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import json
 import threading
 from collections.abc import AsyncGenerator, Awaitable
@@ -132,9 +133,11 @@ def test_several_images_come_with_their_numbers(live: Live) -> None:
         told = list(events(reply))
     assert told[0] == ("queued", {"ahead": 0, "seed": 8, "images": 3})
     for image in range(3):
-        steps = [data["step"] for name, data in told[1:-3] if data.get("image") == image]
+        mine = [(name, data) for name, data in told if data.get("image") == image]
+        steps = [data["step"] for name, data in mine if name == "progress"]
         assert steps == sorted(set(steps))
         assert steps[-1] == 4
+        assert [name for name, _ in mine[-2:]] == ["progress", "image"]
     images = [data for name, data in told if name == "image"]
     assert [(data["image"], data["seed"]) for data in images] == [(0, 8), (1, 9), (2, 10)]
     for data in images:
@@ -143,7 +146,42 @@ def test_several_images_come_with_their_numbers(live: Live) -> None:
         assert (
             base64.b64decode(data["file"]) == live.client.post("/v1/generate", json=single).content
         )
-    assert [name for name, _ in told[-3:]] == ["image"] * 3
+    assert told[-1][0] == "image"
+
+
+class Permits(threading.Semaphore):
+    """Stands in for what holds the transformer: lets through as many steps as are released."""
+
+    def wait(self, timeout: float) -> bool:
+        return self.acquire(timeout=timeout)
+
+    def set(self) -> None:
+        self.release(1000)
+
+
+def test_an_image_goes_out_while_the_next_one_is_drawn() -> None:
+    ask = {"prompt": PROMPT, "n": 2, "steps": 2}
+    with running(batch=1) as live:
+        permits = Permits(2)
+        live.brake.open = permits  # type: ignore[assignment]
+        with live.client.stream("POST", "/v1/generate/stream", json=ask) as reply:
+            told = events(reply)
+            before = list(itertools.takewhile(lambda one: one[0] != "image", told))
+            assert {data["image"] for name, data in before if name == "progress"} == {0}
+            permits.set()
+            after = list(told)
+    assert [data["image"] for name, data in after if name == "image"] == [1]
+
+
+def test_images_that_are_done_go_out_though_the_next_one_fails() -> None:
+    ask = {"prompt": PROMPT, "n": 2, "steps": 2}
+    with running(batch=1, deadline_seconds=2.0) as live:
+        live.brake.open = Permits(2)  # type: ignore[assignment]
+        with live.client.stream("POST", "/v1/generate/stream", json=ask) as reply:
+            told = [(name, data) for name, data in events(reply) if name in ("image", "error")]
+        live.brake.open.set()
+    assert [name for name, _ in told] == ["image", "error"]
+    assert told[1][1]["error"]["code"] == "deadline"
 
 
 def test_previews_are_of_the_stream_alone(live: Live) -> None:

@@ -48,7 +48,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 SUMS: Final = "SHA256SUMS"
 SIGNATURE: Final = f"{SUMS}.sig"
 PACKED: Final = ("dermaflux", "serving")
-DOCUMENTS: Final = ("hospital", "provenance.md", "classifier.md", "mini_report.md")
+DOCUMENTS: Final = ("hospital", "service.md", "provenance.md", "classifier.md", "mini_report.md")
 NEVER: Final = shutil.ignore_patterns("__pycache__", "*.py[cod]", "secrets", ".env")
 
 

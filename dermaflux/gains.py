@@ -26,7 +26,7 @@ NEAR = 0.05
 item more makes each step longer for all."""
 ROUNDS = 3
 BUDGET_SECONDS = 20.0
-"""Measuring ends where the next batch would go past this: a start must not take minutes."""
+"""Measuring ends where the next batch would go past this: others wait for the engines meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,30 @@ def measure(
     budget_seconds: float = BUDGET_SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> Gains:
-    """Time a step of the bundle's default size at batches of 1, 2, 4, ... up to what fits.
+    """What `measuring` knows at its end.
+
+    Raises:
+        EngineError: an engine failed, or not even one image fits in memory.
+    """
+    *_, found = measuring(pipeline, rounds=rounds, budget_seconds=budget_seconds, clock=clock)
+    return found
+
+
+def measuring(
+    pipeline: Pipeline,
+    *,
+    rounds: int = ROUNDS,
+    budget_seconds: float = BUDGET_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Gains]:
+    """What is known after each step of measuring, so that others can use the engines in between.
+
+    Time a step of the bundle's default size at batches of 1, 2, 4, ... up to what fits.
 
     Each batch runs once before it counts, since engines prepare for a shape when they first see it.
     The best of the rounds counts: whoever else uses the machine can only make a step longer. Where
     parts take turns in memory nothing is measured: then a batch shares the loading, which outweighs
-    all, and the largest that fits is the one to use.
+    all, and the largest that fits is the one to use. The budget is of the steps themselves.
 
     Raises:
         EngineError: an engine failed, or not even one image fits in memory.
@@ -70,21 +88,24 @@ def measure(
     size = pipeline.defaults.height, pipeline.defaults.width
     most = pipeline.batch(*size)
     if isinstance(pipeline.engines, InTurns):
-        return Gains(size, {most: 1.0})
+        yield Gains(size, {most: 1.0})
+        return
     (text,) = (pipeline.encode(["a lesion"]),)
     seconds: dict[int, float] = {}
-    end = clock() + budget_seconds
+    left = budget_seconds
     for number in range(rounds):
         for batch in _batches(most) if number == 0 else sorted(seconds):
             # A step takes at most in proportion to its batch, so this is what it may cost.
             expected = max((s * batch / b for b, s in seconds.items()), default=0.0)
-            if seconds and clock() + expected * (2 if number == 0 else 1) > end:
-                return Gains(size, seconds)
-            if number == 0:
-                _step(pipeline, text, size, batch, clock)
-            spent = _step(pipeline, text, size, batch, clock)
-            seconds[batch] = min(spent, seconds.get(batch, spent))
-    return Gains(size, seconds)
+            if seconds and expected * (2 if number == 0 else 1) > left:
+                return
+            for counts in (False, True) if number == 0 else (True,):
+                spent = _step(pipeline, text, size, batch, clock)
+                left -= spent
+                if counts:
+                    seconds[batch] = min(spent, seconds.get(batch, spent))
+                if seconds:
+                    yield Gains(size, dict(seconds))
 
 
 def _batches(most: int) -> Iterator[int]:

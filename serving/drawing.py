@@ -3,16 +3,17 @@
 Generation takes every core or a whole GPU, so one thread draws. Before every step it lets go what
 was stopped or is late, and takes in from the queue (`serving.waiting`: callers by turns) what there
 is room for; who arrives while others are drawn begins at the next step, not after them. How many
-are drawn together was measured at warm-up (`dermaflux.gains`); until then, and with DERMAFLUX_BATCH
-= 1, it is one after the other. Images of several sizes are batches beside each other which take
-steps in turn, within the same limit in all. What a request looks like does not depend on any of
-this (`dermaflux.underway`).
+are drawn together is measured by the same thread right after the start (`dermaflux.gains`): as fast
+as it goes where nobody waits, one step between two turns where somebody does. It grows with what is
+measured, from one; with DERMAFLUX_BATCH = 1 it stays so. Images of several sizes are batches beside
+each other which take steps in turn, within the same limit in all. What a request looks like does
+not depend on any of this (`dermaflux.underway`).
 
 An engine that fails ends the requests of its batch, and no others. A deadline and a caller who left
 do not wait for the thread.
 
     >>> drawing = Drawing(pipeline, metrics, settings)
-    >>> drawing.warm()
+    >>> drawing.learn()
     >>> ticket = drawing.submit([request], "ward 3", on_news=print)
     >>> (pixels,) = await ticket.images()
 """
@@ -24,7 +25,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dermaflux import gains
 from dermaflux.decode import Pixels
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 class Drawing:
-    """Draws for all callers. Its thread begins with the first ticket and ends with `close`."""
+    """Draws for all callers. Its thread begins with a ticket or `learn`, and ends with `close`."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class Drawing:
         self._forced = limit if limit is not None else settings.batch
         self._limit = self._forced or 1
         self._gains: Gains | None = None
+        self._measuring: Iterator[Gains] | None = None
         self._pace = Pace()
         self._easel = Easel(pipeline, metrics, self.end, self._deliver)
         # Guards all below; notified of whatever the thread or `drained` may wait for.
@@ -98,11 +100,7 @@ class Drawing:
                 self._waiting.put(caller, item)
             ticket.ahead = ticket.told = self._ahead()[queue[0]]
             self._changes()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._draw, name="drawing", daemon=True)
-                self._thread.start()
-                # A daemon's engine must not be cut off in the middle of a step by the interpreter.
-                atexit.register(self._finish)
+            self._begin()
         return ticket
 
     def snapshot(self, caller: str | None = None) -> Snapshot:
@@ -121,25 +119,16 @@ class Drawing:
                 mine=tuple(n for item, n in before.items() if item.ticket.caller == caller),
             )
 
-    def warm(self) -> Gains | None:
-        """Measure what batches gain, and draw that many together; None where the limit is forced.
+    def learn(self) -> None:
+        """Measure what batches gain, and draw that many together; not where the limit is forced.
 
-        For the time before the first ticket: it runs in the thread of its caller.
-
-        Raises:
-            EngineError: an engine failed.
+        Returns at once. What cannot be measured is logged, and what is known by then holds.
         """
-        if self._forced is not None:
-            return None
-        found = gains.measure(self._pipeline)
         with self._changed:
-            self._gains, self._limit = found, found.limit()
-            if self._limit in found.seconds and len(found.seconds) > 1:
-                height, width = found.size
-                self._pace.learn(found.seconds[self._limit], self._limit * height * width)
-        rates = ", ".join(f"{batch}: {rate:.2f}" for batch, rate in found.rates.items())
-        logger.info("draws %d together; steps a second by batch: %s", self._limit, rates)
-        return found
+            if self._forced is None and not self._closed:
+                self._measuring = gains.measuring(self._pipeline)
+                self._begin()
+                self._changed.notify_all()
 
     def drain(self) -> None:
         """Take nothing more; what is here is drawn."""
@@ -188,10 +177,42 @@ class Drawing:
                 headers={"Retry-After": str(wait)},
             )
 
+    def _begin(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._draw, name="drawing", daemon=True)
+            self._thread.start()
+            # A daemon's engine must not be cut off in the middle of a step by the interpreter.
+            atexit.register(self._finish)
+
+    def _learn_more(self) -> None:
+        """One step of measuring, where it is not over."""
+        if self._measuring is None:
+            return
+        try:
+            found = next(self._measuring, None)
+        except Exception:
+            # What engines raise, say for memory: fewer together may do, and requests will tell.
+            logger.warning("what batches gain was not measured to its end", exc_info=True)
+            found = None
+        with self._changed:
+            if found is not None:
+                self._gains, self._limit = found, found.limit()
+                self._changes()
+                return
+            self._measuring, found = None, self._gains
+            if found is None:
+                return
+            if self._limit in found.seconds and len(found.seconds) > 1:
+                height, width = found.size
+                self._pace.learn(found.seconds[self._limit], self._limit * height * width)
+        rates = ", ".join(f"{batch}: {rate:.2f}" for batch, rate in found.rates.items())
+        logger.info("draws %d together; steps a second by batch: %s", self._limit, rates)
+
     def _draw(self) -> None:
         """The thread."""
         try:
             while (admitted := self._admitted()) is not None:
+                self._learn_more()
                 begin = time.monotonic()
                 done = self._easel.turn(admitted)
                 with self._changed:
@@ -212,7 +233,9 @@ class Drawing:
     def _admitted(self) -> list[Item] | None:
         """Wait for work; the items that join before the next step; None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._waiting or self._running)
+            self._changed.wait_for(
+                lambda: self._closed or self._waiting or self._running or self._measuring
+            )
             now = time.monotonic()
             for ticket in {item.ticket for item in (*self._running, *self._waiting.order())}:
                 if now >= ticket.deadline:

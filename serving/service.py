@@ -200,7 +200,7 @@ class DermaFlux:
         logger.info("%s (%s) loaded in %.1f s", bundle.path.resolve(), bundle.id, seconds)
         found = prove(bundle, pipeline, compare=settings.golden)
         if found.result != "failed":
-            self._app.state.drawing.warm()
+            self._app.state.drawing.learn()
         return found
 
 

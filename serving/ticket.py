@@ -57,7 +57,7 @@ class Snapshot:
     """How the generator stands. `mine` is of the caller who was named: for each image of theirs
     that is not done, how many are before it, and 0 where it is being drawn.
 
-    `rates` are steps of one image a second by batch, as measured at warm-up; empty before, and
+    `rates` are steps of one image a second by batch, as measured after the start; empty before, and
     where the limit was forced. `usual_seconds` is what an image of default size and steps takes of
     the engine's time, `backlog_seconds` what all that is here takes.
     """

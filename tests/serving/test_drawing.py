@@ -25,6 +25,7 @@ from serving.metrics import Metrics
 from serving.replies import Refusal
 from serving.settings import Settings
 from serving.ticket import Done, News, Position, Step, Ticket
+from tests.serving.live import until
 
 SECONDS = 10.0
 
@@ -185,8 +186,8 @@ def test_several_sizes_take_steps_in_turn_within_one_limit(house, fake_pipeline)
 def test_engines_that_take_turns_are_loaded_once_a_batch(house, fake_pipeline):
     loads: list[str] = []
     here = house(limit=None, loads=loads)
-    here.drawing.warm()
-    assert here.drawing.snapshot().limit == 8
+    here.drawing.learn()
+    until(lambda: here.drawing.snapshot().limit == 8)
     here.gate.open = False
     first = here.drawing.submit([ask(1, steps=2)], "a", previews=1)
     here.gate.wait_for(1)
@@ -261,11 +262,13 @@ def test_the_wait_is_told_from_what_was_measured(house, monkeypatch):
     here = house(limit=2, waiting=0)
     size = (here.pipeline.defaults.height, here.pipeline.defaults.width)
     found = Gains(size, {1: 1.0, 2: 3.0, 4: 8.0})
-    monkeypatch.setattr("dermaflux.gains.measure", lambda _: found)
-    assert here.drawing.warm() is None, "the limit is forced"
+    monkeypatch.setattr("dermaflux.gains.measuring", lambda _: iter([found]))
+    here.drawing.learn()
+    assert here.drawing._thread is None, "the limit is forced"
     free = Drawing(here.pipeline, Metrics(CollectorRegistry()), Settings(waiting=0))
     assert free.snapshot().limit == 1
-    assert free.warm() is found
+    free.learn()
+    until(lambda: free._measuring is None)
     now = free.snapshot()
     assert (now.limit, now.rates) == (1, found.rates)
     assert now.usual_seconds == pytest.approx(here.pipeline.defaults.steps)
@@ -277,6 +280,35 @@ def test_the_wait_is_told_from_what_was_measured(house, monkeypatch):
     ticket.stop()
     here.gate.release()
     free.close()
+
+
+def test_what_batches_gain_is_measured_beside_what_is_drawn(house, fake_pipeline, monkeypatch):
+    """Who comes right after the start waits for one step of measuring, not for all; and an engine
+    that cannot do the largest batch leaves what is known by then."""
+    here = house(limit=None)
+    size = (64, 64)
+    asked: list[int] = []
+
+    def measuring(_: Pipeline) -> Iterator[Gains]:
+        yield Gains(size, {1: 1.0})
+        for _ in range(8):
+            asked.append(len(here.gate.batches))
+            yield Gains(size, {1: 1.0, 2: 1.2})
+        raise EngineError("no memory for four")
+
+    monkeypatch.setattr("dermaflux.gains.measuring", measuring)
+    here.gate.open = False
+    tickets = [here.drawing.submit([ask(n, steps=4)], "a") for n in range(2)]
+    here.gate.wait_for(1)
+    here.drawing.learn()
+    here.gate.release()
+    for number, ticket in enumerate(tickets):
+        expected = fake_pipeline.generate([ask(number, steps=4)])[0]
+        assert np.array_equal(images(ticket)[0], expected)
+    until(lambda: here.drawing._measuring is None)
+    assert asked[0] < asked[2] < asked[3], "not all at once"
+    assert here.drawing.snapshot().limit == 2
+    assert here.drawing.snapshot().rates == Gains(size, {1: 1.0, 2: 1.2}).rates
 
 
 def test_the_last_places_are_for_those_who_have_none(house):
@@ -463,7 +495,7 @@ def test_news_of_place_and_steps_and_previews(house):
     steps = [one for one in news if isinstance(one, Step)]
     done = [one for one in news if isinstance(one, Done)]
     assert [one.item for one in sorted(done, key=lambda one: one.item)] == [0, 1]
-    assert {one.pixels.shape for one in done} == {(128, 128, 3)}
+    assert {one.pixels.shape for one in done} == {(128, 64, 3)}
     assert [one for one in news[1:] if not isinstance(one, Done)] == steps
     assert [(s.item, s.step, s.steps) for s in steps] == [(0, n, 5) for n in range(1, 6)] + [
         (1, 1, 1)

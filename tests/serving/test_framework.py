@@ -18,10 +18,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from serving import framework, tls
+from serving.app import SECURITY_HEADERS
 from serving.settings import SettingError, Settings
 from tests.core.test_doctor import with_golden
 from tests.serving.live import picture, until
@@ -324,3 +326,56 @@ def test_traces_want_an_address_and_what_sends_them(monkeypatch: pytest.MonkeyPa
 
 def test_other_programs_decide_where_they_listen() -> None:
     assert framework.listening_host() is None
+
+
+def family(served: Served) -> list[psutil.Process]:
+    parent = psutil.Process(served.process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def test_nothing_of_the_service_listens_on_a_network_but_its_port(served: Served) -> None:
+    """BentoML's process manager would: it runs any command for whoever is on this machine."""
+    found = {
+        (line.laddr.port, process.pid)
+        for process in family(served)
+        for line in process.net_connections("inet")
+        if line.status == psutil.CONN_LISTEN
+    }
+    assert {port for port, _ in found} == {served.port}
+    scorers = {one.pid for one in family(served) if "dermaflux_scorer" in one.cmdline()}
+    assert len(scorers) == 1
+    assert not scorers & {pid for _, pid in found}, "it would keep the port of an API that died"
+
+
+def test_the_process_manager_listens_to_its_user_alone(served: Served) -> None:
+    (ends,) = [one for one in served.log.parent.glob("dermaflux-*") if (one / "control").exists()]
+    assert (ends / "control").is_socket()
+    assert ends.stat().st_mode & 0o777 == 0o700
+
+
+def test_probes_of_life_have_the_headers_too(served: Served) -> None:
+    reply = served.ask(served.client(), path="/livez")
+    assert reply.status == 200
+    assert {name: reply.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS
+
+
+def test_heads_are_not_waited_for_for_ever(served: Served) -> None:
+    """What speaks HTTP in the processes is ours: it refuses two lengths of one body."""
+    with (
+        socket.create_connection(("localhost", served.port)) as plain,
+        served.client().wrap_socket(plain, server_hostname="localhost") as way,
+    ):
+        lengths = b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n"
+        way.sendall(b"POST /livez HTTP/1.1\r\nHost: localhost\r\n" + lengths + b"0\r\n\r\n")
+        assert way.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+def test_sockets_of_others_are_let_go(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as plain:
+        (tmp_path / str(listener.fileno())).touch()
+        (tmp_path / str(plain.fileno())).touch()
+        (tmp_path / "9999").touch()
+        framework.close_ports_of_others(tmp_path)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(listener.detach())
+        assert os.fstat(plain.fileno())

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PASSED_ON: Final = ("forwarded", "via", "x-forwarded-for", "x-real-ip")
+"""Headers that a proxy adds; not every proxy does, so behind one there should be keys."""
 MAX_KEY: Final = 200
 """Characters; ours have 53. What is longer is not hashed."""
 
@@ -123,9 +125,12 @@ class Access:
         """A caller where there are no keys."""
         # Over a network, not in process as in tests; by another name than this machine's own.
         renamed = network(address) and not names_this_machine(request.headers.get("host", ""))
-        if not self._open and (outside(address) or renamed):
+        # A proxy on this machine hands on strangers as if they were of it.
+        passed_on = any(name in request.headers for name in PASSED_ON)
+        if not self._open and (outside(address) or renamed or passed_on):
             raise _unauthorized(
-                "This service has no keys, so it answers its own machine alone, as localhost. Its "
+                "This service has no keys, so it answers its own machine alone, as localhost and "
+                "through no proxy. Its "
                 "operator can make some with `python -m serving.keys new`, or let everybody in."
             )
         if request.method == "POST" and request.headers.get("sec-fetch-site") == "cross-site":

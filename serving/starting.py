@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def starting(readiness: Readiness) -> ASGIApp:
     """The app until the one that can draw is there."""
 
-    async def refuse(request: Request) -> Response:
+    async def refuse(request: Request, _: Exception | None = None) -> Response:
         request.state.route = "starting"
         try:
             readiness.require()
@@ -39,4 +40,6 @@ def starting(readiness: Readiness) -> ASGIApp:
     return Starlette(
         routes=[Route("/{path:path}", refuse, methods=methods)],
         middleware=[Middleware(SecurityHeaders), Middleware(AccessLog)],
+        # Methods that nobody knows are told the same.
+        exception_handlers={HTTPException: refuse},
     )

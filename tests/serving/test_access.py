@@ -220,6 +220,13 @@ def test_without_keys_strangers_are_not(address: str) -> None:
     assert admitted(Access(Settings(open=True), None), address=address).roles
 
 
+@pytest.mark.parametrize("name", ["Forwarded", "Via", "X-Forwarded-For", "X-Real-IP"])
+def test_without_keys_a_proxy_on_this_machine_lets_no_stranger_in(name: str) -> None:
+    """Its callers have its address; nor can a program of this machine choose its lane so."""
+    assert refused(Access(Settings(), None), {name: "127.1.2.3"}) == 401
+    assert admitted(Access(Settings(open=True), None), {name: "127.1.2.3"}).roles
+
+
 @pytest.mark.parametrize(
     ("host", "ours"),
     [

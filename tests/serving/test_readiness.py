@@ -125,7 +125,14 @@ def test_what_was_not_compared_serves_with_a_warning(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/"), ("GET", "/readyz"), ("POST", "/v1/generate"), ("PUT", "/a/b"), ("GET", "/%00")],
+    [
+        ("GET", "/"),
+        ("GET", "/readyz"),
+        ("POST", "/v1/generate"),
+        ("PUT", "/a/b"),
+        ("GET", "/%00"),
+        ("BREW", "/"),
+    ],
 )
 def test_before_there_is_an_app_every_address_says_why(method: str, path: str) -> None:
     async def ask() -> httpx.Response:

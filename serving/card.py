@@ -106,8 +106,8 @@ class QueueCard(BaseModel):
     running: int
     limit: int = Field(description="Images that are drawn together at most.")
     rates: dict[str, float] = Field(
-        description="Steps of one image a second by batch, as measured at start; empty before, "
-        "and where the limit was set by the operator."
+        description="Steps of one image a second by batch, as measured right after the start; "
+        "empty before, and where the limit was set by the operator."
     )
     usual_seconds: float = Field(
         description="What an image of default size and steps takes, as measured lately."
@@ -121,7 +121,7 @@ class QueueCard(BaseModel):
 
 
 class BatchCard(BaseModel):
-    """What drawing together gains here, as measured at start."""
+    """What drawing together gains here, as measured right after the start."""
 
     limit: int
     rates: dict[str, float] = Field(description="Steps of one image a second by batch.")

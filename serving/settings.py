@@ -57,8 +57,8 @@ class Settings:
     batch: int | None = field(
         default=None,
         metadata={
-            "help": "images that are drawn together; measured at start if not given, and 1 is one "
-            "after the other",
+            "help": "images that are drawn together; measured right after the start if not given; "
+            "1 is one after the other",
             "min": 1,
         },
     )

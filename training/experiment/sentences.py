@@ -82,7 +82,7 @@ def control(few: int, many: int, measure: str, found: Mapping[str, Any]) -> str:
     begin = f"Positive control: {many:,} real pictures in place of {few:,}"
     nothing = (
         "this experiment could not have shown a gain from more real pictures either, so nothing "
-        "can be said of synthetic ones."
+        "can be said of gains from synthetic ones."
     )
     if found["value"] is None or found["interval"] is None:
         note = found.get("note", "no interval")

@@ -103,9 +103,12 @@ def _place(even: Floats, key: bytes, size: tuple[int, int]) -> tuple[float, int,
     flat = seen / scale
     large = np.maximum(np.abs(flat), 2.0) / 2.0
     surface = np.fft.irfft2(pattern * np.conj(flat / large), s=size)
+    deviation = float(surface.std())
+    if deviation == 0.0:  # a piece of one colour, which fits everywhere and nowhere
+        return 0.0, 0, 0
     valid = surface[: size[0] - even.shape[0] + 1, : size[1] - even.shape[1] + 1]
     top, left = np.unravel_index(int(valid.argmax()), valid.shape)
-    return float(valid[top, left] / surface.std()), int(top), int(left)
+    return float(valid[top, left] / deviation), int(top), int(left)
 
 
 def _smoothed(values: NDArray[np.float64], reach: Sequence[int]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -210,3 +211,11 @@ def test_the_cosines_are_orthonormal():
     waves = basis(50, 50)
     assert np.allclose(waves @ waves.T, np.eye(50), atol=1e-5)
     assert basis(10, 64).shape == (10, 10)
+
+
+def test_a_piece_of_one_colour_is_found_nowhere() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        crop = crops.find(MARK, np.full((128, 128, 3), 120, np.uint8))
+    assert crop is not None
+    assert not crop.found.present

@@ -28,8 +28,8 @@ from typing import Any, Final
 
 from benchmarks.latency import environment
 from dermaflux import files
-from dermaflux.command import ended
-from dermaflux.errors import DermaFluxError, EngineError
+from dermaflux.command import at_least, ended
+from dermaflux.errors import EngineError
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import COLORS, SIZES, Lesion, caption
 
@@ -156,10 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        for name in ("pictures", "rounds", "batch", "threads"):
-            value = getattr(options, name)
-            if value is not None and value < 1:
-                raise DermaFluxError(f"--{name} {value} is out of range; use 1 or more")
+        at_least(options, dict.fromkeys(("pictures", "rounds", "batch", "threads"), 1))
         sides = (options.bundle, options.pictures, options.rounds, options.batch, options.threads)
         if options.bare:
             print(bare(options.bundle, lesions(options.pictures), options.batch, options.threads))

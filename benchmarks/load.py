@@ -39,7 +39,7 @@ from benchmarks.asks import Asks, Classifications, Generations, Kind
 from benchmarks.latency import environment
 from benchmarks.sending import Access, Sender
 from dermaflux import files
-from dermaflux.command import ended, option, parsed
+from dermaflux.command import at_least, ended, option, parsed
 from dermaflux.errors import DermaFluxError
 
 TOO_LITTLE: Final = 1
@@ -225,13 +225,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     Raises:
         DermaFluxError: a setting is out of range, or nobody answers.
     """
-    for name in ("seconds", "warm_up", "timeout", "slo_ms", "fail_under"):
-        value = getattr(settings, name)
-        least = 0.1 if name in ("seconds", "timeout") else 0.0
-        if value is not None and not least <= value < math.inf:
-            raise DermaFluxError(
-                f"--{name.replace('_', '-')} {value} is out of range; use {least:g} or more"
-            )
+    at_least(settings, {"seconds": 0.1, "warm_up": 0, "timeout": 0.1, "slo_ms": 0, "fail_under": 0})
     if settings.fail_under is not None and (settings.slo_ms is None or settings.fail_under > 1):
         raise DermaFluxError("--fail-under is a share, 0 to 1, and needs --slo-ms")
     wanted, questions = levels(settings), asked(settings)

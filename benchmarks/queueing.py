@@ -41,7 +41,7 @@ import numpy as np
 from benchmarks.latency import environment
 from benchmarks.queue_theory import Cost, costs, long_run, simulated
 from dermaflux import files
-from dermaflux.command import ended
+from dermaflux.command import at_least, ended
 from dermaflux.errors import DermaFluxError
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import COLORS, Lesion, caption
@@ -247,10 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     """Measure, and print the result as one line of JSON; `words` are those of the command line."""
-    for name in ("requests", "rounds", "limit", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise DermaFluxError(f"--{name} {value} is out of range; use 1 or more")
+    at_least(options, dict.fromkeys(("requests", "rounds", "limit", "threads"), 1))
     if min(options.shares) <= 0:
         raise DermaFluxError(f"--shares {min(options.shares):g} is no share; use more than 0")
     steps = (options.steps[0], options.steps[1])

@@ -41,7 +41,7 @@ from benchmarks.mixed import MIX, Mixed
 from benchmarks.sending import Access, Sender
 from benchmarks.slope import floors, growth
 from dermaflux import files
-from dermaflux.command import ended, option, parsed
+from dermaflux.command import at_least, ended, option, parsed
 from dermaflux.errors import DermaFluxError
 
 GROWN: Final = 1
@@ -226,15 +226,11 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     Raises:
         DermaFluxError: a setting is out of range, or the service cannot be watched.
     """
-    for name, least in {
+    least = {
         "minutes": 0.01, "callers": 1, "steps": 1, "warm_up": 0, "every": 0.01, "bound": 0,
         "probe_ms": 1, "timeout": 1,
-    }.items():  # fmt: skip
-        value = getattr(settings, name)
-        if not least <= value < math.inf:
-            raise DermaFluxError(
-                f"--{name.replace('_', '-')} {value} is out of range; use {least:g} or more"
-            )
+    }  # fmt: skip
+    at_least(settings, least)
     if settings.warm_up > 0.9:
         raise DermaFluxError(f"--warm-up {settings.warm_up} is a share; use 0 to 0.9")
     figures = asyncio.run(soaked(settings))

@@ -15,8 +15,9 @@ dataclass is saved into what the command makes.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -77,6 +78,19 @@ def parsed(
                 more |= {"nargs": "?", "const": one.metadata["alone"]}
             parser.add_argument(name, type=kinds[typed], help=text, **more)
     return kind(**vars(parser.parse_args(arguments)))
+
+
+def at_least(settings: object, least: Mapping[str, float]) -> None:
+    """Nothing where each named field that is given is finite and not below its bound.
+
+    Raises:
+        DermaFluxError: with the option, its value and the bound.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not bound <= value < math.inf:
+            given = f"--{name.replace('_', '-')}"
+            raise DermaFluxError(f"{given} {value} is out of range; use {bound:g} or more")
 
 
 def ended(work: Callable[[], int | None], stopped: str = "stopped") -> int:

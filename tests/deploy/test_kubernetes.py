@@ -88,6 +88,7 @@ def pod_of(objects: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_they_fit_the_schemas(objects: list[dict[str, Any]], version: str) -> None:
+    assert {"Deployment", "Service", "NetworkPolicy"} <= {one["kind"] for one in objects}
     for one in objects:
         kubernetes_validate.validate(one, version, strict=True)
 

@@ -279,7 +279,8 @@ def test_door_is_not_opened_by_accident(host: str) -> None:
 
 def test_this_machine_needs_no_keys() -> None:
     for host in ("127.0.0.1", "::1", None):
-        refuse_open_door(Settings(), host)
+        refuse_open_door(Settings(), host)  # raises where it refuses
+    assert admitted(Access(Settings(), None)).keyed is False
 
 
 def test_wrong_keys_are_bounded_and_right_ones_always_taken(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import json
 import os
@@ -252,4 +253,6 @@ def test_results_are_found_again(house):
 
 def test_without_an_audit_log_nothing_happens():
     scope = {"type": "http", "headers": [], "state": {}}
+    before = copy.deepcopy(scope)
     asyncio.run(recorded(Request(scope), "done", [PIXELS]))
+    assert scope == before

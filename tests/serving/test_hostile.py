@@ -201,9 +201,11 @@ def test_decoder_takes_a_picture_or_says_what_is_wrong(file: bytes) -> None:
     chance = random.Random(5)
     for _ in range(ROUNDS):
         try:
-            decode_upload(mutated(file, chance), max_pixels=100_000)
+            image = decode_upload(mutated(file, chance), max_pixels=100_000)
         except ImageError:
             continue
+        assert image.mode == "RGB"
+        assert 0 < image.width * image.height <= 100_000
 
 
 def bomb(width: int, height: int) -> bytes:

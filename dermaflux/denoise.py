@@ -103,7 +103,7 @@ class Batch(Generic[K]):
         """
         items = list(self._items.values())
         if self._velocity_of is None:
-            self._velocity_of = self._engine.bind(self._constant(items))
+            self._velocity_of = self._engine.bind(self._constant(items), self._timesteps(items))
         sigma = np.array([item.sigmas[item.done] for item in items], dtype=np.float32)
         after = np.array([item.sigmas[item.done + 1] for item in items], dtype=np.float32)
         current = np.stack([item.tokens for item in items])
@@ -144,6 +144,17 @@ class Batch(Generic[K]):
         if self._model.guidance_embeds:
             constant["guidance"] = np.array([item.guidance for item in items], dtype=np.float32)
         return constant
+
+    def _timesteps(self, items: Sequence[_Item]) -> Floats:
+        """What the steps to come will ask, float32 [B, K]; who is done sooner repeats its last."""
+        most = max(len(item.sigmas) - 1 - item.done for item in items)
+        last = [len(item.sigmas) - 2 for item in items]
+        ahead = [
+            [item.sigmas[min(item.done + step, end)] for step in range(most)]
+            for item, end in zip(items, last, strict=True)
+        ]
+        # A number at a time, as in each step, so that both are equal to the bit.
+        return self._schedule.timesteps(np.array(ahead, dtype=np.float32))
 
     def _unpacked(self, tokens: Floats) -> Floats:
         latents: Floats = flow.unpack(tokens[None], self._h, self._w)[0]

@@ -97,9 +97,11 @@ class Recorder:
         self.cases.append(Case(inputs, outputs))
         return outputs
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         """See `Engine.bind`."""
-        step = self.engine.bind(constant)
+        step = self.engine.bind(constant, timesteps)
 
         def recorded(varying: Arrays) -> dict[str, Array]:
             outputs = step(varying)

@@ -90,10 +90,15 @@ class Engine(Protocol):
         """All inputs of the graph by name -> all its outputs by name, in arrays of their own."""
         ...
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         """`run` with some inputs handed over once: those that stay the same over all steps.
 
-        What comes back takes the others, and belongs to one thread.
+        What comes back takes the others, and belongs to one thread. `timesteps`, float32 [B, K],
+        has what the next K calls will be given as `timestep`, bit for bit and in order, a row per
+        item; a row that ends sooner repeats its last. An engine may compute ahead what depends on
+        them and on `constant` alone, and may ignore them. A call with other timesteps is right too.
         """
         ...
 

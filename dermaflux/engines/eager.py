@@ -59,7 +59,9 @@ class EagerEngine:
         """See `Engine.run`."""
         return self.bind({})(inputs)
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         """See `Engine.bind`: constant inputs move to the device once."""
         held = {name: self._tensor(value) for name, value in constant.items()}
 

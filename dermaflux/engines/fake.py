@@ -28,7 +28,9 @@ class Fake:
     def run(self, inputs: Arrays) -> dict[str, Array]:
         return self.function(inputs)
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         return lambda varying: self.function({**constant, **varying})
 
 

@@ -51,7 +51,9 @@ class OrtEngine:
             outputs = self._session.run(self._outputs, ordered)
         return dict(zip(self._outputs, outputs, strict=True))
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         """See `Engine.bind`. On the CPU arrays are read in place: there is nothing to hand over."""
         held = {name: np.ascontiguousarray(value) for name, value in constant.items()}
         return lambda varying: self.run({**held, **varying})

@@ -73,7 +73,9 @@ class OrtGpuEngine:
         """See `Engine.run`."""
         return self.bind({})(inputs)
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         """See `Engine.bind`: constant inputs are copied to the device at the first step.
 
         Another call with the same shapes may take the memory over in between; then they are copied

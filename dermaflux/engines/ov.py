@@ -117,7 +117,9 @@ class OpenVinoEngine:
         finally:
             self._idle.put(request)
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         """See `Engine.bind`: the constant inputs are set on a request of its own."""
         request = self._model.create_infer_request()
         held = {name: np.ascontiguousarray(value) for name, value in constant.items()}

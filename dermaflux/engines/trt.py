@@ -125,9 +125,11 @@ class TrtPlans:
         """See `Engine.run`."""
         return self._fitting(inputs).run(inputs)
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         """See `Engine.bind`: what stays the same tells the shape of the rest."""
-        return self._fitting(constant).bind(constant)
+        return self._fitting(constant).bind(constant, timesteps)
 
     def _fitting(self, inputs: Arrays) -> TrtEngine:
         for variant, profile in self._profiles.items():
@@ -189,7 +191,9 @@ class TrtEngine:
         finally:
             self._idle.put(slot)
 
-    def bind(self, constant: Arrays) -> Callable[[Arrays], dict[str, Array]]:
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
         """See `Engine.bind`: the constant inputs are copied to a context's buffers now.
 
         The context is the caller's until what came back is dropped.

@@ -115,9 +115,9 @@ class Counted:
     def run(self, inputs: Arrays) -> dict[str, Array]:
         return self.inner.run(inputs)
 
-    def bind(self, constant: Arrays):
+    def bind(self, constant: Arrays, timesteps: Array | None = None):
         self.binds.append(len(constant["pooled_projections"]))
-        bound = self.inner.bind(constant)
+        bound = self.inner.bind(constant, timesteps)
 
         def step(varying: Arrays) -> dict[str, Array]:
             if self.fails:
@@ -152,3 +152,32 @@ def test_an_engine_that_fails_leaves_items_where_they_were(fake_pipeline) -> Non
     engine.fails = False
     going.step()
     assert np.array_equal(going.step()[0], fake_pipeline.latents([wanted])[0])
+
+
+def test_the_engine_is_told_the_timesteps_that_it_will_be_asked_for(fake_pipeline) -> None:
+    told: list[Array] = []
+    asked: list[Array] = []
+
+    class Told(Fake):
+        def bind(self, constant: Arrays, timesteps: Array | None = None):
+            told.append(timesteps)
+            bound = super().bind(constant)
+
+            def step(varying: Arrays) -> dict[str, Array]:
+                asked.append(varying["timestep"])
+                return bound(varying)
+
+            return step
+
+    engine = Told(fake_pipeline.engines["transformer"].function)
+    going: Batch[int] = Batch(engine, fake_pipeline.model, fake_pipeline.schedule, 8, 4)
+    join(going, fake_pipeline, 0, Request("benign", 1, 5, 1.0, SIZE, 32))
+    going.step()
+    join(going, fake_pipeline, 1, Request("benign", 2, 7, 1.0, SIZE, 32))
+    while len(going):
+        going.step()
+    assert [one.shape for one in told] == [(1, 5), (2, 7), (1, 3)]
+    assert np.array_equal(told[0][:, 0], asked[0])
+    assert np.array_equal(told[1][:, :4], np.stack(asked[1:5], axis=1))
+    assert np.all(told[1][0, 4:] == told[1][0, 3])
+    assert np.array_equal(told[2], np.stack(asked[5:], axis=1))

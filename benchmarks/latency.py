@@ -13,30 +13,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from benchmarks.machine import environment, matmul_rate
 from dermaflux import files, flow
 from dermaflux.bundle import Bundle
 from dermaflux.command import ended
 from dermaflux.engines import EAGER, OPENVINO, ORT
 from dermaflux.errors import EngineError
-from dermaflux.hardware import processor
 from dermaflux.images import encode_png
 from dermaflux.pipeline import Pipeline
 
+__all__ = ["environment", "matmul_rate", "transformer_flops", "variants"]
+
 STAGES: Final = ("encode", "denoise", "decode", "png", "total")
-_MATRIX: Final = 1024  # large enough to be bound by arithmetic, small enough for any cache
-_PACKAGES: Final = ("dermaflux", "numpy", "onnxruntime", "openvino", "torch", "diffusers")
 
 
 def transformer_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> int:
@@ -56,17 +53,6 @@ def transformer_flops(config: Mapping[str, Any], image_tokens: int, text_tokens:
     ) * d
     attention = layers * 2 * tokens * tokens * d
     return int(2 * (linear + modulation + edges + attention))
-
-
-def matmul_rate(rounds: int = 20) -> float:
-    """Float32 operations per second of a square matrix product: the best of `rounds`."""
-    a, b = np.random.default_rng(0).random((2, _MATRIX, _MATRIX), dtype=np.float32)
-    best = float("inf")
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - begin)
-    return 2 * _MATRIX**3 / best
 
 
 def variants(bundle: Bundle, checkpoint: Path | None, threads: int | None) -> dict[str, Pipeline]:
@@ -143,22 +129,6 @@ def summary(
     return table
 
 
-def environment() -> dict[str, Any]:
-    """What ran this: processor, cores, versions."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.latency", description=__doc__,
@@ -183,7 +153,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> None:
     config = json.loads(bundle.file("transformer/config.json").read_text())
     image = bundle.defaults.height * bundle.defaults.width // (2 * bundle.model.scale) ** 2
     flops = transformer_flops(config, image, bundle.model.text_length) * steps
-    rate = matmul_rate()
+    rate = matmul_rate("fp32") or float("nan")
     times = measure(variants(bundle, options.checkpoint, options.threads), options.rounds, steps)
     result = {
         "benchmark": "latency",

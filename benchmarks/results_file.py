@@ -1,0 +1,49 @@
+"""What every result has: which command, on what machine, of which bundle. One JSON object.
+
+>>> finish("latency", {"rounds": 15, "variants": table}, sys.argv[1:], Path("latency.json"), bundle)
+{"benchmark": "latency", "command": "python -m benchmarks.latency --out latency.json", ...}
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from dermaflux import files
+from dermaflux.bundle import Bundle
+
+
+def finish(
+    name: str,
+    result: Mapping[str, Any],
+    words: Sequence[str],
+    out: Path | None,
+    bundle: Bundle | None = None,
+) -> dict[str, Any]:
+    """Write a result to `out`, whole or not at all, and print it as the last line of stdout.
+
+    `name` is the module's within `benchmarks`, `words` are those of its command line. A result that
+    already has an `environment`, taken before it measured, keeps that; the load of the machine
+    afterwards is added to it.
+
+    Raises:
+        OSError: `out` cannot be written; the line is printed first.
+    """
+    environment = dict(result.get("environment") or machine.environment())
+    whole: dict[str, Any] = {
+        "benchmark": name,
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
+        "environment": {**environment, "load_after": machine.load()},
+    }
+    if bundle is not None:
+        whole["bundle"] = {"name": bundle.name, "id": bundle.id}
+    whole |= {key: value for key, value in result.items() if key not in whole}
+    print(json.dumps(whole), flush=True)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files.write(out, (json.dumps(whole, indent=2) + "\n").encode())
+    return whole

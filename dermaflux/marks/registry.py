@@ -12,11 +12,10 @@ search reads the file through: 0.02 s for a million lines that the system holds 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import re
 from pathlib import Path
-from typing import Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from dermaflux.errors import DermaFluxError
 
 _HASH: Final = re.compile(r"[0-9a-f]{64}")
+_BLOCK: Final = 1 << 20
 
 
 class RegistryError(DermaFluxError):
@@ -82,11 +82,19 @@ class Registry:
             return False
         try:
             with self.path.open("rb") as stream:
-                if os.fstat(stream.fileno()).st_size == 0:
-                    return False
-                with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as lines:
-                    return lines.find(b"\n" + sha256.encode()) >= 0
+                return _found(stream, b"\n" + sha256.encode())
         except FileNotFoundError:
             return False
         except OSError as error:
             raise RegistryError(f"{self.path} cannot be read ({error.strerror})") from error
+
+
+def _found(stream: BinaryIO, wanted: bytes) -> bool:
+    # Read, not mapped: a file that somebody shortens meanwhile would end the process (SIGBUS).
+    tail = b""
+    while block := stream.read(_BLOCK):
+        data = tail + block
+        if wanted in data:
+            return True
+        tail = data[-len(wanted) :]
+    return False

@@ -25,10 +25,11 @@ from typing import Any, Final
 from dermaflux import files as atomic
 from dermaflux.command import ended
 from serving.audit import secret
+from serving.audit.anchors import logged_anchors
 from serving.audit.ending import files_of
 from serving.audit.record import LINE, MAX_LINE, stamp
 from serving.audit.secret import AuditError, Secrets
-from serving.audit.verifying import logged_anchors, verify
+from serving.audit.verifying import verify
 
 COLUMNS: Final = (
     *("n", "time", "event", "caller", "route", "outcome", "status", "bundle", "results"),

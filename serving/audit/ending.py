@@ -31,7 +31,6 @@ from serving.audit.secret import AuditError, Secret, Secrets
 _FILE: Final = re.compile(r"audit-(\d{6,})\.jsonl")
 HEAD: Final = "head.json"
 TORN: Final = "torn.jsonl"
-LOCK: Final = "lock"
 _HEAD_BYTES: Final = 256
 """Of one length, so that writing it anew leaves nothing of the old one."""
 

@@ -16,23 +16,24 @@ what log collectors do), and a log that was cut off or written anew does not fit
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypeVar
 
 from serving.audit import ending
-from serving.audit.ending import HEAD, LOCK, Head, file_of, files_of, number_of, put_aside
+from serving.audit.ending import HEAD, Head, file_of, files_of, number_of, put_aside
 from serving.audit.record import ZERO, Event, line_hash, sealed, stamp
 from serving.audit.secret import AuditError, Secrets
+from serving.audit.turn import Turn, named
 
 logger = logging.getLogger(__name__)
 
+Read = TypeVar("Read")
 Fsync = Literal["always", "second", "never"]
 FSYNC: Final = ("always", "second", "never")
 ROOM: Final = 1_000_000
@@ -82,15 +83,17 @@ class AuditLog:
         self,
         folder: Path,
         secrets: Secrets,
+        key: Path,
         rules: Rules,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
         self._secrets = secrets
+        self._key = key
         self._rules = rules
         self._clock = clock
-        self._lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o640)
-        self._head = os.open(folder / HEAD, os.O_RDWR | os.O_CREAT, 0o640)
+        self._turn = Turn(folder)
+        self._head = -1
         self._descriptor = -1
         self._path = folder
         self._size, self._n, self._hash = 0, 0, ZERO
@@ -121,19 +124,19 @@ class AuditLog:
             if not begun:
                 key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             secrets = Secrets.open(key, make=not begun)
-            log = cls(folder, secrets, rules or Rules(), clock)
+            log = cls(folder, secrets, key, rules or Rules(), clock)
+            try:
+                # What was left behind is mended now, not with the first request.
+                log._write([])
+            except (OSError, AuditError):
+                log._release()
+                raise
         except OSError as error:
             raise AuditError(
                 f"the audit log {folder} cannot be opened: {error}; name a folder that the service "
                 "may write to"
             ) from error
-        try:
-            # What was left behind is mended now, not with the first request.
-            log._write([])
-            log.anchor()
-        except (OSError, AuditError) as error:
-            log._release()
-            raise AuditError(str(error)) from error
+        log.anchor()
         return log
 
     def append(self, *events: Event) -> None:
@@ -192,7 +195,8 @@ class AuditLog:
             self._release()
 
     def _release(self) -> None:
-        for name in ("_descriptor", "_lock", "_head"):
+        self._turn.close()
+        for name in ("_descriptor", "_head"):
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
                 setattr(self, name, -1)
@@ -213,7 +217,9 @@ class AuditLog:
             waiting.done, waiting.error = True, error
 
     def _write(self, events: Sequence[Event]) -> None:
-        with self._alone():
+        with self._turn.taken():
+            # Put back from a backup, the head is another file than the one that was opened.
+            self._head = named(self._head, self.folder / HEAD)
             notes = self._arrive()
             if self._gap.lost:
                 note: dict[str, str | int] = {"lost": self._gap.lost, "since": self._gap.since}
@@ -233,8 +239,7 @@ class AuditLog:
             self._put(bytes(lines))
             self._n, self._hash, self._size = n, hashed, self._size + len(lines)
             self._gap = _Gap()
-            head = Head(n, hashed, number_of(self._path))
-            os.pwrite(self._head, ending.head_bytes(head, self._secrets.current), 0)
+            self._tell(Head(n, hashed, number_of(self._path)))
         late = self._clock() - self._anchored_at >= self._rules.anchor_seconds
         if late or self._n - self._anchored >= self._rules.anchor_lines:
             self.anchor()
@@ -255,13 +260,12 @@ class AuditLog:
                 os.ftruncate(self._descriptor, self._size)
             raise
 
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+    def _tell(self, head: Head) -> None:
+        """Write the head. The lines are there by now, so an error of the disk undoes nothing."""
         try:
-            yield
-        finally:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            os.pwrite(self._head, ending.head_bytes(head, self._secrets.current), 0)
+        except OSError as error:
+            logger.error("audit: %s is not up to date: %s", self.folder / HEAD, error)
 
     def _arrive(self) -> list[Event]:
         """Be at the end of the log, wherever others left it; what is to be noted of it."""
@@ -275,14 +279,14 @@ class AuditLog:
         found, head, notes = files_of(self.folder), None, []
         try:
             if os.fstat(self._head).st_size:
-                head = ending.read_head(self.folder, self._secrets)
+                head = self._known(lambda: ending.read_head(self.folder, self._secrets))
         except AuditError as error:
             logger.error("audit: %s", error)
             notes.append(Event(event="head-damaged"))
         # Files that were moved away keep their names for themselves.
         path = found[-1] if found else file_of(self.folder, head.file + 1 if head else 1)
         self._take(path)
-        end = ending.last_line(path, self._secrets)
+        end = self._known(lambda: ending.last_line(path, self._secrets))
         if end.torn:
             put_aside(self.folder, path, end)
             os.ftruncate(self._descriptor, end.size)
@@ -290,11 +294,24 @@ class AuditLog:
             notes.append(Event(event="mended", note={"bytes": len(end.torn), "after": end.n}))
         self._size = end.size
         if not end.n and len(found) > 1:  # a kill came between a new file and its first line
-            end = ending.last_line(found[-2], self._secrets)
+            end = self._known(lambda: ending.last_line(found[-2], self._secrets))
         self._n, self._hash = end.n, end.hash
-        if head is None:
-            return notes if self._n else [*notes, Event(event="begun")]
-        return [*self._behind(head), *notes]
+        if head is not None:
+            return [*self._behind(head), *notes]
+        if not self._n:
+            return [*notes, Event(event="begun")]
+        if not notes or notes[0].event != "head-damaged":
+            logger.error("audit: %s is gone; lines may be, too", self.folder / HEAD)
+            notes.insert(0, Event(event="head-gone", note={"after": self._n}))
+        return notes
+
+    def _known(self, read: Callable[[], Read]) -> Read:
+        """What was read; once more, where others began to seal with a new key meanwhile."""
+        try:
+            return read()
+        except AuditError:
+            self._secrets = Secrets.open(self._key)
+            return read()
 
     def _behind(self, head: Head) -> list[Event]:
         """Go on behind what the head knows, where the lines themselves end before it."""
@@ -311,6 +328,8 @@ class AuditLog:
     def _next_file(self) -> None:
         if self._rules.fsync != "never":
             os.fsync(self._descriptor)
+        # So that a file in an archive can be verified by itself, to its last line.
+        self.anchor()
         self._take(file_of(self.folder, number_of(self._path) + 1))
         self._size = 0
 

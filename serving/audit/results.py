@@ -7,11 +7,10 @@ True
 from __future__ import annotations
 
 import json
-import mmap
 from pathlib import Path
 
 from serving.audit.ending import files_of
-from serving.audit.record import LINE, RESULT
+from serving.audit.record import LINE, MAX_LINE, RESULT
 
 
 class Results:
@@ -33,15 +32,19 @@ class Results:
 
 
 def _in_file(file: Path, value: str) -> bool:
+    # Read, not mapped: a file that somebody shortens meanwhile would end the process (SIGBUS).
+    wanted = value.encode()
     with file.open("rb") as stream:
-        if not stream.seek(0, 2):
-            return False  # an empty file cannot be mapped
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            wanted, place = value.encode(), -1
+        for line in iter(lambda: stream.readline(MAX_LINE), b""):
             # `prev` and `mac` are hashes too, but no results.
-            while (place := data.find(wanted, place + 1)) >= 0:
-                begin = data.rfind(b"\n", 0, place) + 1
-                line = data[begin : data.find(b"\n", place) + 1]
-                if LINE.fullmatch(line) and value in json.loads(line).get("results", []):
-                    return True
+            if wanted in line and LINE.fullmatch(line) and value in _results(line):
+                return True
     return False
+
+
+def _results(line: bytes) -> list[str]:
+    try:
+        found = json.loads(line).get("results", [])
+    except ValueError:
+        return []
+    return found if isinstance(found, list) else []

@@ -11,6 +11,7 @@ backup: without it a log still shows that its lines follow each other, but no mo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import logging
@@ -92,12 +93,19 @@ def add(path: Path) -> Secret:
     """Append a new key to a file, which is made if it is not there, for its owner alone.
 
     Raises:
-        OSError: the folder is not there or takes no files.
+        OSError: the folder is not there or takes no files; the file is as it was.
     """
     key = random.token_bytes(32)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    line = key.hex().encode() + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
     try:
-        os.write(descriptor, key.hex().encode() + b"\n")
+        size = os.fstat(descriptor).st_size
+        # People paste keys, and editors leave the last line without its end.
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) != len(line):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -2,7 +2,8 @@
 
 Read as a stream, a line at a time, so a log of any length takes the same memory. With the site's
 key every line's seal is looked at; without it only that each follows the one before, which whoever
-wrote the whole file anew has seen to. What ends too early is told by the head, and by anchors.
+wrote the whole file anew has seen to. What ends too early is told by the head, and by anchors;
+where neither is there it is a fault, for nobody could know.
 
     >>> verify(files_of(folder), secrets, anchors=["1000:5d41..."])
     Verdict(holds=True, lines=1000, ...)
@@ -13,58 +14,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from serving.audit import ending
-from serving.audit.record import LINE, MAX_LINE, ZERO, genuine, line_hash
-from serving.audit.secret import AuditError, Secrets
+from serving.audit.anchors import Anchors
+from serving.audit.record import LINE, MAX_LINE, genuine, line_hash
+from serving.audit.secret import Secrets
+from serving.audit.turn import undisturbed
+from serving.audit.verdict import Verdict
 
-ANCHOR: Final = re.compile(r"(?:audit anchor )?(?:(\d{1,18}):)?([0-9a-f]{64})")
-LOGGED: Final = re.compile(r"audit anchor (\d{1,18}):([0-9a-f]{64})")
 FIRST: Final = (b"begun", b"continued", b"missing")
 """Events with which a file begins."""
-MAX_FINDINGS: Final = 100
-"""Told in words; the rest is counted."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong with one line, counted from 1 in its file; line 0 is the file or the log."""
-
-    file: str
-    line: int
-    words: str
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}: {self.words}" if self.line else self.words
-
-
-@dataclass
-class Verdict:
-    """What was found. `first` and `last` are numbers of lines, `hash` is the last line's;
-    `keyed` says whether seals were looked at. At most `MAX_FINDINGS` of `count` are in `faults`."""
-
-    keyed: bool
-    lines: int = 0
-    first: int = 0
-    last: int = 0
-    hash: str = ZERO
-    count: int = 0
-    faults: list[Fault] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def holds(self) -> bool:
-        """Whether nothing is wrong."""
-        return self.count == 0
-
-    def fault(self, file: Path | None, line: int, words: str) -> None:
-        """Count one thing that is wrong."""
-        self.count += 1
-        if len(self.faults) < MAX_FINDINGS:
-            self.faults.append(Fault(file.name if file else "", line, words))
+NOTED: Final = {
+    b"gap": "events were not recorded: the disk took none",
+    b"head-gone": "head.json was gone when the service started; lines before may be, too",
+    b"head-damaged": "head.json was damaged when the service started; lines before may be gone",
+}
+"""What the log says of itself that whoever verifies it should know."""
+REPLACED: Final = b"replaced"
 
 
 def verify(
@@ -72,25 +40,34 @@ def verify(
 ) -> Verdict:
     """Read the files in this order, and compare their lines with each other and with the anchors.
 
-    An anchor is `NUMBER:HASH` or `HASH`, as the service logs it. The head is compared where the
-    last of the files is the last of its folder.
+    An anchor is `NUMBER:HASH` or `HASH`, as the service logs it. That nothing was cut off the end
+    is shown by the head, where the last of the files is the last of its folder; by the first line
+    of the file that follows it there; or by an anchor of the last line. It is a fault if none does.
 
     Raises:
         AuditError: an anchor has another form.
         OSError: a file cannot be read.
     """
     verdict = Verdict(keyed=secrets is not None)
-    wanted = _Anchors(anchors)
+    wanted = Anchors(anchors)
+    follower: bytes | None = b""
+    size = 0
     if files:
-        wanted.take_head(files[-1], secrets, verdict)
+        # A service may be in the middle of a line.
+        with undisturbed(files[-1].parent):
+            follower = wanted.take_end(files[-1], secrets, verdict)
+            size = files[-1].stat().st_size
     chain = _Chain(verdict, secrets, wanted)
     for file in files:
         with file.open("rb") as stream:
-            for number, line in enumerate(_lines(stream), 1):
+            left = size if file is files[-1] else None
+            for number, line in enumerate(_lines(stream, left), 1):
                 chain.take(file, number, line)
     if not verdict.lines:
         verdict.fault(None, 0, "there is no line at all")
     wanted.settle(verdict)
+    if verdict.holds and follower is not None:
+        wanted.end(files[-1], follower, verdict)
     for folder in dict.fromkeys(file.parent for file in files):
         torn = folder / ending.TORN
         if torn.exists():
@@ -99,83 +76,21 @@ def verify(
     return verdict
 
 
-def logged_anchors(file: Path) -> list[str]:
-    """The anchors in a log of the service, text or JSON lines.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        return [f"{n}:{value}" for line in stream for n, value in LOGGED.findall(line)]
-
-
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends; of one that is too long its beginning, which fits no form."""
-    while line := stream.readline(MAX_LINE + 1):
+def _lines(stream: BinaryIO, size: int | None) -> Iterator[bytes]:
+    """Lines with their ends; of one that is too long its beginning, which fits no form. `size` is
+    where to stop, None at the end."""
+    while size != 0 and (line := stream.readline(MAX_LINE + 1)):
         yield line
         while line and not line.endswith(b"\n"):
             line = stream.readline(MAX_LINE)
-
-
-class _Anchors:
-    """What lines have to be met, by number or by hash alone."""
-
-    def __init__(self, given: Iterable[str]) -> None:
-        self.numbered: dict[int, dict[str, str]] = {}
-        self.bare: set[str] = set()
-        for text in given:
-            found = ANCHOR.fullmatch(text.strip())
-            if found is None:
-                raise AuditError(f"{text!r} is no anchor; it needs NUMBER:HASH or HASH, as logged")
-            if found[1]:
-                self.numbered.setdefault(int(found[1]), {})[found[2]] = "an anchor"
-            else:
-                self.bare.add(found[2])
-
-    def take_head(self, last: Path, secrets: Secrets | None, verdict: Verdict) -> None:
-        """The folder's head is one more, where `last` is the folder's last file."""
-        number = ending.number_of(last)
-        if not number or ending.file_of(last.parent, number + 1).exists():
+        if size is not None and stream.tell() >= size:
             return
-        try:
-            head = ending.read_head(last.parent, secrets)
-        except AuditError as error:
-            verdict.fault(None, 0, f"{error}: edited, or cut off by a power failure")
-            return
-        if head is None:
-            words = f"{last.parent} has no {ending.HEAD}: what was cut off its end goes unnoticed"
-            verdict.notes.append(words)
-        else:
-            self.numbered.setdefault(head.n, {})[head.hash] = ending.HEAD
-
-    def meet(self, file: Path, number: int, n: int, hashed: str, verdict: Verdict) -> None:
-        """Compare a line with what is told of its number."""
-        self.bare.discard(hashed)
-        for told, source in self.numbered.pop(n, {}).items():
-            if told != hashed:
-                verdict.fault(file, number, f"(n {n}) is not the line that {source} tells of")
-
-    def settle(self, verdict: Verdict) -> None:
-        """What no line met was cut off, or lies before the files."""
-        for n, hashes in sorted(self.numbered.items()):
-            for told, source in hashes.items():
-                if n > verdict.last:
-                    words = f"the log was cut off: it ends at n {verdict.last}, and {source} "
-                    verdict.fault(None, 0, f"{words}tells of n {n} ({told[:16]}...)")
-                elif n and n < verdict.first:
-                    words = f"n {n} of {source} lies before the first of these lines"
-                    verdict.notes.append(f"{words}, {verdict.first}")
-                elif n:
-                    verdict.fault(None, 0, f"there is no line n {n}, of which {source} tells")
-        for told in sorted(self.bare):
-            words = f"no line has the hash {told}: the log was cut off or written anew"
-            verdict.fault(None, 0, words)
 
 
 class _Chain:
     """Takes line by line, and knows what has to come next."""
 
-    def __init__(self, verdict: Verdict, secrets: Secrets | None, anchors: _Anchors) -> None:
+    def __init__(self, verdict: Verdict, secrets: Secrets | None, anchors: Anchors) -> None:
         self._verdict = verdict
         self._secrets = secrets
         self._anchors = anchors
@@ -221,8 +136,13 @@ class _Chain:
         elif not follows and not self._doubtful:
             words = "does not follow the line before it: that one was edited, or lines replaced"
             verdict.fault(file, number, words)
-        if found[4] < self._time and len(verdict.notes) < MAX_FINDINGS:
-            verdict.notes.append(f"{file.name}, line {number}: the clock had been set back")
+        if found[4] < self._time:
+            verdict.note(f"{file.name}, line {number}: the clock had been set back")
+        if found[5] == REPLACED:
+            words = "the log itself noted that the line before was put there in place of another"
+            verdict.fault(file, number, words)
+        elif found[5] in NOTED:
+            verdict.note(f"{file.name}, line {number}: {NOTED[found[5]]}")
         self._time, self._doubtful, self._good = found[4], False, n
         verdict.last, verdict.hash = n, hashed
         self._anchors.meet(file, number, n, hashed, verdict)

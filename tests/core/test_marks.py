@@ -20,6 +20,7 @@ from PIL import Image
 from dermaflux.errors import ImageError
 from dermaflux.images import SOURCE_TYPE, encode, read_marks
 from dermaflux.marks import Keys, Marker, MarksError, Registry, verify
+from dermaflux.marks import registry as reading
 from dermaflux.marks.certificates import made
 from dermaflux.marks.credentials import Credentials
 from dermaflux.marks.keys import ANCHORS, CHAIN, KEY, WATERMARK, findings
@@ -355,6 +356,17 @@ def test_a_line_that_was_cut_off_harms_no_other(tmp_path):
     registry.path.write_bytes(registry.path.read_bytes()[:-10])
     registry.add(hashes[2])
     assert [registry.known(one) for one in hashes] == [True, False, True]
+
+
+@pytest.mark.parametrize("block", [1, 7, 65, 66, 100])
+def test_hashes_are_found_wherever_a_block_ends(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(reading, "_BLOCK", block)
+    registry = Registry(tmp_path / "pixels.sha256")
+    hashes = [pixel_hash(PIXELS + np.uint8(step)) for step in range(6)]
+    registry.add(*hashes)
+    assert all(map(registry.known, hashes))
+    assert not registry.known(hashes[1][32:] + hashes[2][:32])
+    assert not registry.known("0" * 64)
 
 
 def test_a_registry_that_takes_no_more_is_an_error(tmp_path):

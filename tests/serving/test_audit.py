@@ -17,14 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from serving.audit import ending
+from serving.audit import ending, secret
 from serving.audit import log as writing
 from serving.audit.__main__ import main
+from serving.audit.anchors import LOGGED
 from serving.audit.ending import files_of
 from serving.audit.log import AuditLog, Rules
 from serving.audit.record import MAX_LINE, MAX_RESULTS, Event, answer_hash
 from serving.audit.secret import AuditError, Secrets
-from serving.audit.verifying import LOGGED, verify
+from serving.audit.verifying import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 DONE = {"route": "/v1/generate", "outcome": "done", "status": 200, "bundle": "0" * 16}
@@ -169,11 +170,66 @@ def test_an_end_that_was_cut_off_is_told_by_head_and_anchor(site):
     (fault,) = site.verify().faults
     assert "it ends at n 4, and head.json tells of n 7" in fault.words
     (site.folder / "head.json").unlink()
-    assert site.verify().holds  # nobody can know
-    assert any("no head.json" in note for note in site.verify().notes)
+    (fault,) = site.verify().faults
+    assert "nothing shows that no lines were cut off its end, after n 4" in fault.words
     assert not site.verify(anchors=anchors[-1:]).holds
     assert not site.verify(anchors=[anchors[-1].split(":")[1]]).holds
-    assert site.verify(anchors=anchors[:3]).holds
+    assert site.verify(anchors=anchors[:3]).holds  # that is the last line
+    assert site.verify(anchors=[anchors[2].split(":")[1]]).holds
+    assert not site.verify(anchors=anchors[:2]).holds
+
+
+def test_a_head_that_is_gone_is_noted_by_the_next_start(site):
+    site.fill(6)
+    lines, head = site.lines, site.folder / "head.json"
+    for harm in (head.unlink, lambda: head.write_bytes(b"")):
+        site.rewrite(lines[:4])
+        harm()
+        site.fill(1)
+        assert site.events[4:] == ["head-gone", "request"]
+        assert "line 5: head.json was gone" in site.verify().notes[0]
+        head.unlink()
+    site.rewrite(lines[:4])
+    head.write_bytes(b"nonsense")
+    site.fill(1)
+    assert site.events[4:] == ["head-damaged", "request"]
+    assert "line 5: head.json was damaged" in site.verify().notes[0]
+
+
+def test_a_last_line_that_was_replaced_stays_a_fault(site):
+    site.fill(2)
+    first = site.lines
+    head = (site.folder / "head.json").read_bytes()
+    site.rewrite(first[:2])
+    (site.folder / "head.json").unlink()
+    site.fill(1)  # by who has the key: another line of the same number
+    site.rewrite([*first[:2], site.lines[2]])
+    (site.folder / "head.json").write_bytes(head)
+    site.fill(1)
+    assert site.events[-2:] == ["replaced", "request"]
+    (fault,) = site.verify().faults
+    assert "noted that the line before was put there in place of another" in fault.words
+
+
+def test_a_log_can_be_verified_while_it_is_written(site):
+    log = site.open(rotate_bytes=100_000)
+    longest = [Event(caller="child", results=("f" * 64,) * 90)] * 5
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            log.append(*longest)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        for _ in range(60):
+            found = verify(site.files[-1:], Secrets.open(site.key))
+            assert found.holds, found.faults
+    finally:
+        over.set()
+        thread.join()
+    log.close()
 
 
 def test_who_writes_the_whole_anew_needs_the_key(tmp_path):
@@ -296,6 +352,38 @@ def test_nobody_writes_while_another_holds_the_lock(site):
     log.close()
 
 
+def test_who_removes_the_lock_sets_nobody_free(site):
+    one = site.open()
+    (site.folder / "lock").unlink()
+    other = site.open()
+
+    def work(log: AuditLog) -> None:
+        for number in range(200):
+            log.append(event(number))
+
+    threads = [threading.Thread(target=work, args=(log,)) for log in (one, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = site.verify()
+    assert found.holds, found.faults
+    assert site.events.count("request") == 400
+    one.close()
+    other.close()
+
+
+def test_a_head_that_was_put_back_is_gone_on_with(site):
+    log = site.open()
+    head = site.folder / "head.json"
+    copy = head.read_bytes()
+    head.unlink()
+    head.write_bytes(copy)
+    log.append(event())
+    assert b'"n":2,' in head.read_bytes()
+    log.close()
+
+
 def test_a_file_that_another_process_began_is_gone_on_with(site):
     rules = {"rotate_bytes": 1_500}
     one, other = site.open(**rules), site.open(**rules)
@@ -323,6 +411,13 @@ def test_the_chain_goes_on_over_files(site):
     assert any("begin at n" in note for note in found.notes)
     assert not verify([first, *rest], secrets).holds
     assert not verify([second, first, *rest], secrets).holds
+    # A file by itself ends with the line that the next one follows.
+    assert verify([first], secrets).holds
+    cut = first.read_bytes()
+    first.write_bytes(cut[: cut.rindex(b"\n", 0, -1) + 1])
+    (fault,) = verify([first], secrets).faults
+    assert "the next file goes on after n" in fault.words
+    first.write_bytes(cut)
     whole = second.read_bytes()
     second.write_bytes(whole.partition(b"\n")[2])  # a file's beginning was cut off
     assert "lines are missing" in verify([second, *rest], secrets).faults[0].words
@@ -369,6 +464,34 @@ def test_a_new_key_seals_and_the_old_one_verifies(site, capsys):
     assert len({json.loads(line)["key"] for line in site.lines}) == 2
     assert site.verify().holds
     assert os.stat(site.key).st_mode & 0o777 == 0o600
+
+
+def test_who_runs_already_learns_of_a_new_key(site):
+    one = site.open()
+    secret.add(site.key)
+    other = site.open()
+    other.append(event(1))
+    one.append(event(2))
+    other.append(event(3))
+    assert site.events == ["begun", *["request"] * 3]
+    assert site.verify().holds
+    one.close()
+    other.close()
+
+
+def test_a_key_is_added_behind_a_line_without_an_end(site, monkeypatch):
+    site.fill(1)
+    pasted = site.key.read_text().strip()
+    site.key.write_text(pasted)
+    made = secret.add(site.key)
+    assert Secrets.open(site.key).current.id == made.id
+    assert site.verify().holds
+    before = site.key.read_bytes()
+    with monkeypatch.context() as patch:
+        full(patch, 20)
+        with pytest.raises(OSError, match="No space left"):
+            secret.add(site.key)
+    assert site.key.read_bytes() == before
 
 
 def full(monkeypatch, after: int = 0) -> None:
@@ -449,6 +572,41 @@ def test_anchors_go_to_the_log_of_the_service(site, caplog, tmp_path):
     service.write_text(caplog.text)
     site.rewrite(site.lines[:12])
     assert main(["verify", str(site.folder), "--anchors", str(service)]) == 1
+
+
+def test_each_file_ends_with_an_anchor(site, caplog):
+    caplog.set_level(logging.INFO)
+    site.fill(12, rotate_bytes=1_500)
+    anchors = {int(n): f"{n}:{value}" for n, value in LOGGED.findall(caplog.text)}
+    archive = site.folder.parent / "archive"
+    archive.mkdir()
+    kept = [file.rename(archive / file.name) for file in site.files[:2]]
+    secrets = Secrets.open(site.key)
+    for file in kept:
+        whole = file.read_bytes()
+        last = json.loads(whole.splitlines()[-1])["n"]
+        assert verify([file], secrets, [anchors[last]]).holds
+        file.write_bytes(whole[: whole.rindex(b"\n", 0, -1) + 1])
+        assert not verify([file], secrets, [anchors[last]]).holds
+        assert not verify([file], secrets).holds
+        file.write_bytes(whole)
+    assert verify([*kept, *site.files], secrets).holds
+
+
+def test_a_head_that_cannot_be_written_loses_no_line(site, monkeypatch, caplog):
+    log = site.open(required=True)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", refuse)
+        log.append(event(1))
+    assert "head.json is not up to date" in caplog.text
+    log.append(event(2))
+    log.close()
+    assert site.events == ["begun", "request", "request"]
+    assert site.verify().holds
 
 
 SECRETS = ("John Smith, 12 March", "/srv/photos/smith.jpg", "a\nb", "é", "x" * 65, "<script>")

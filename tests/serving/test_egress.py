@@ -20,9 +20,10 @@ from pathlib import Path
 
 import pytest
 
+from serving.audit.anchors import logged_anchors
 from serving.audit.ending import files_of
 from serving.audit.secret import Secrets
-from serving.audit.verifying import logged_anchors, verify
+from serving.audit.verifying import verify
 from serving.keys import line, made
 from tests.core.test_doctor import with_golden
 from tests.serving.live import picture

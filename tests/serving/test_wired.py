@@ -25,11 +25,12 @@ from dermaflux.marks.certificates import MarksError
 from export.__main__ import require_allowed as exported
 from serving import records
 from serving.audit import log as writing
+from serving.audit.anchors import logged_anchors
 from serving.audit.ending import files_of
 from serving.audit.log import AuditLog
 from serving.audit.record import MAX_RESULTS, answer_hash
 from serving.audit.secret import AuditError, Secrets
-from serving.audit.verifying import logged_anchors, verify
+from serving.audit.verifying import verify
 from serving.batch.asked import require_allowed as drawn
 from serving.batch.thresholds import Thresholds
 from serving.doctor.report import Report

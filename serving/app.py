@@ -102,17 +102,19 @@ def create_app(
     registry: CollectorRegistry,
     readiness: Readiness,
     bundle: Bundle | None = None,
+    records: Records | None = None,
 ) -> Starlette:
     """The app over parts that are loaded; its `state.close()` ends what still runs.
 
-    `bundle` is what the doctor looks at for an admin; without one nothing is looked at.
+    `bundle` is what the doctor looks at for an admin; without one nothing is looked at. `records`
+    are those that were opened for `serving.starting`, and closed with the rest.
 
     Raises:
         KeysError: the keys that the settings name cannot be read.
         SettingError, MarksError, RegistryError, AuditError: see `serving.records.Records.open`.
     """
     access = Access.of(settings)
-    records = Records.open(settings, card.bundle)
+    records = records or Records.open(settings, card.bundle)
     metrics = Metrics(registry)
     drawing = Drawing(pipeline, metrics, settings)
     marking = Marking(records, settings)
@@ -195,8 +197,7 @@ def create_app(
         middleware=[
             Middleware(SecurityHeaders),
             Middleware(AccessLog),
-            *_audited(records, card.bundle, settings),
-            Middleware(Admission, access=access),
+            *witnesses(records, access, card.bundle, settings),
         ],
         exception_handlers={HTTPException: not_routed},
     )
@@ -207,12 +208,17 @@ def create_app(
     return app
 
 
-def _audited(records: Records, bundle: str, settings: Settings) -> list[Middleware]:
-    """What records each request before its reply goes out, where there is an audit log."""
-    if records.audit is None:
-        return []
-    addresses = settings.audit_addresses
-    return [Middleware(Audited, log=records.audit, bundle=bundle, addresses=addresses)]
+def witnesses(
+    records: Records, access: Access, bundle: str, settings: Settings
+) -> list[Middleware]:
+    """What tells who calls and, where there is an audit log, records each request before its reply
+    goes out."""
+    found = [Middleware(Admission, access=access)]
+    if records.audit is not None:
+        addresses = settings.audit_addresses
+        audited = Middleware(Audited, log=records.audit, bundle=bundle, addresses=addresses)
+        found.insert(0, audited)
+    return found
 
 
 def paths() -> frozenset[str]:

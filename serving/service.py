@@ -35,12 +35,13 @@ from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
 from dermaflux.residency import planned
 from serving import records
-from serving.access import refuse_open_door
-from serving.app import OWN_PATHS, SYSTEM_PATHS, SecurityHeaders, create_app, paths
+from serving.access import Access, refuse_open_door
+from serving.app import OWN_PATHS, SYSTEM_PATHS, SecurityHeaders, create_app, paths, witnesses
 from serving.card import GoldenCard, card_of
 from serving.draining import Work, finish_before_exit
 from serving.framework import listening_host
 from serving.readiness import Readiness, prove
+from serving.records import Records
 from serving.scorer import ENVIRONMENT, Scorer, Untimed, refuse_pickle_over_tcp
 from serving.scores import Local, Remote, Scores
 from serving.settings import Settings
@@ -143,7 +144,8 @@ class DermaFlux:
         self._scores = self._scores_of(bundle)
         self._app: Starlette | None = None
         self._following: asyncio.Task[None] | None = None
-        _mounted.app = starting(self._readiness)
+        self._records: Records | None = None
+        _mounted.app = self._starting(bundle)
         self._readiness.begin(lambda: self._open(bundle, REGISTRY))
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
@@ -167,6 +169,20 @@ class DermaFlux:
             self._scores.close()
         if self._app is not None:
             self._app.state.close()
+        elif self._records is not None:
+            self._records.close()
+
+    def _starting(self, bundle: Bundle) -> ASGIApp:
+        """What answers until the engines are there. It records already who asked."""
+        try:
+            access = Access.of(self._settings)
+            self._records = Records.open(self._settings, bundle.id)
+        except DermaFluxError:
+            # It comes up again in `_open`, where readiness tells why nothing is answered.
+            return starting(self._readiness)
+        return starting(
+            self._readiness, witnesses(self._records, access, bundle.id, self._settings)
+        )
 
     def _scores_of(self, bundle: Bundle) -> Scores | None:
         """The classifier: BentoML gives another process, or where it has none (in a test client)
@@ -193,7 +209,14 @@ class DermaFlux:
         assert pipeline.plan is not None, "planned where a bundle is opened"
         card = card_of(bundle, choices, settings, pipeline.plan.groups)
         self._app = create_app(
-            pipeline, self._scores, card, settings, registry, self._readiness, bundle
+            pipeline,
+            self._scores,
+            card,
+            settings,
+            registry,
+            self._readiness,
+            bundle,
+            self._records,
         )
         _mounted.app = self._app
         seconds = time.monotonic() - begin

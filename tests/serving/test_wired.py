@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
@@ -24,6 +25,8 @@ from dermaflux.licence import LicenceError
 from dermaflux.marks.certificates import MarksError
 from export.__main__ import require_allowed as exported
 from serving import records
+from serving.access import Access
+from serving.app import witnesses
 from serving.audit import log as writing
 from serving.audit.anchors import logged_anchors
 from serving.audit.ending import files_of
@@ -35,9 +38,11 @@ from serving.batch.asked import require_allowed as drawn
 from serving.batch.thresholds import Thresholds
 from serving.doctor.report import Report
 from serving.keys import line, made
+from serving.readiness import Readiness
 from serving.scorer import opened
 from serving.settings import SettingError, Settings
 from serving.standing import Doctor
+from serving.starting import starting
 from tests.serving.live import Live, picture, running
 from tests.serving.test_generate import PROMPT, error, events
 from tests.serving.test_service import checked
@@ -185,6 +190,36 @@ def test_where_the_log_is_not_required_answers_go_out(
             assert streamed(live)[-1][0] == "image"
         live.client.get("/v1/queue")
     assert len(lines(kept["audit"])) == 1
+
+
+def test_who_asks_while_engines_load_is_recorded(
+    kept: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(keys_inline=LINES, **kept)
+    opened = records.Records.open(settings, "0" * 16)
+    told = witnesses(opened, Access.of(settings), "0" * 16, settings)
+    transport = httpx.ASGITransport(starting(Readiness(), told))
+
+    async def ask(method: str, path: str, **headers: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.request(method, path, headers=headers)
+
+    def status(method: str, path: str, **headers: str) -> tuple[int, str]:
+        reply = asyncio.run(ask(method, path, **headers))
+        return reply.status_code, reply.headers["retry-after"]
+
+    for method, path in [("POST", "/v1/generate"), ("GET", "/v1/queue"), ("GET", "/readyz")]:
+        assert status(method, path, **KEY) == (503, "2")
+    assert status("POST", "/v1/classify") == (503, "2")
+    assert status("POST", "/v1/John-Smith") == (503, "2")
+    assert [facts(one) for one in lines(kept["audit"])] == [
+        ("ward", "/v1/generate", "failed", 503),
+        ("ward", "/v1/queue", "failed", 503),
+        (None, "/v1/classify", "failed", 503),
+    ]
+    refused(monkeypatch)
+    assert status("POST", "/v1/generate", **KEY) == (503, "60")
+    opened.close()
 
 
 def test_the_end_leaves_an_anchor(

@@ -1,178 +1,266 @@
-"""Latency of one image in process, by stage, every engine and precision of a bundle side by side.
+"""Latency of images in process, by stage, every engine and precision of a bundle side by side.
 
     python -m benchmarks.latency --bundle bundles/mini --checkpoint models/mini
+    python -m benchmarks.latency --tier int8,cached --batch 4 --size 256
     python -m benchmarks.latency --out benchmarks/results/latency.json
 
 The variants take turns in every round, so that a noisy machine disturbs all alike; figures are
-medians, and speed is a ratio to eager torch of the same round. Beside them stands the floor: the
-transformer's floating-point operations over the rate of a large float32 matrix product on this
-machine. Progress goes to stderr; the last line of stdout is one JSON object.
+medians and percentiles, and speed is a ratio to eager torch of the same round, with its interval.
+What warms up does not count and is told apart: the time to open a variant, and its first image.
+The most memory that a variant takes is measured in a process of its own, the product's command.
+
+Beside each stage stands its floor: its operations over the best rate of a large product of matrices
+in the precision in use, and its weights over the bandwidth of memory where no cache holds them.
+`reached` is the floor's share of the time taken. What is quantized leaves products of two
+activations in floating point: with those at their own rate it is `reached_as_quantized`. Steps that
+a tier forecasts count as if computed, so such a tier may pass the floor. A variant is proved active
+by its engine's name and the types of operations in the graph that it runs.
+
+Progress goes to stderr; the last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
+from benchmarks import peak
+from benchmarks.captions import captions
+from benchmarks.floors import Least, Limits, floors_of, work_of
+from benchmarks.flops import transformer_flops
 from benchmarks.machine import environment, matmul_rate
-from dermaflux import files, flow
-from dermaflux.bundle import Bundle
-from dermaflux.command import ended
-from dermaflux.engines import EAGER, OPENVINO, ORT
-from dermaflux.errors import EngineError
-from dermaflux.images import encode_png
+from benchmarks.measuring import alternate, ratio, spread
+from benchmarks.results_file import finish
+from benchmarks.stages import STAGES, Spent, draw
+from benchmarks.variants import Variant, listed, variants
+from dermaflux.bundle import GENERATOR_PARTS, Bundle
+from dermaflux.command import at_least, ended, option, parsed
+from dermaflux.engines import EAGER
+from dermaflux.errors import DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
+from dermaflux.request import validate
 
 __all__ = ["environment", "matmul_rate", "transformer_flops", "variants"]
 
-STAGES: Final = ("encode", "denoise", "decode", "png", "total")
+WARM_UP: Final = 2
 
 
-def transformer_flops(config: Mapping[str, Any], image_tokens: int, text_tokens: int) -> int:
-    """Floating-point operations of one forward of one item, 2 per multiply-add.
+@dataclass(frozen=True)
+class Settings:
+    """The command line of `benchmarks.latency`."""
 
-    Counted: linear layers and both attention products; norms and activations are not. `config` is
-    diffusers' FluxTransformer2DModel's; a block's linears are 12 d^2 per token (3 QKV, 1 output,
-    8 MLP), its modulation 6 d^2 (double, per stream) or 3 d^2 (single) per item.
-    """
-    d = config["attention_head_dim"] * config["num_attention_heads"]
-    tokens = image_tokens + text_tokens
-    layers = config["num_layers"] + config["num_single_layers"]
-    linear = layers * 12 * d * d * tokens
-    modulation = (config["num_layers"] * 12 + config["num_single_layers"] * 3 + 2) * d * d
-    edges = (
-        2 * config["in_channels"] * image_tokens + config["joint_attention_dim"] * text_tokens
-    ) * d
-    attention = layers * 2 * tokens * tokens * d
-    return int(2 * (linear + modulation + edges + attention))
+    bundle: Path = option("the bundle's folder", Path("bundles/mini"))
+    checkpoint: Path | None = option("weights for eager torch, to compare with", None)
+    tier: tuple[str, ...] = option("comma-separated tiers to measure too", ())
+    rounds: int = option("images of each variant that count", 15)
+    steps: int | None = option("default: the bundle's", None)
+    size: int | None = option("pixels of both sides; default: the bundle's", None)
+    batch: int = option("images that are drawn together", 1)
+    threads: int | None = option("of an engine; default: all cores", None)
+    no_peak: bool = option("leave out the largest memory, a process for each variant", False)
+    out: Path | None = option("write the result there too", None)
 
 
-def variants(bundle: Bundle, checkpoint: Path | None, threads: int | None) -> dict[str, Pipeline]:
-    """Every engine and precision that can run here, by name; eager first where it can."""
-    found: dict[str, Pipeline] = {}
-    if checkpoint is not None:
-        found[EAGER] = Pipeline.from_checkpoint(checkpoint, threads=threads)
-    for engine in (ORT, OPENVINO):
-        for precision in bundle.parts["transformer"].files:
-            try:
-                pipeline = Pipeline.open(
-                    bundle, engine=engine, precision=precision, threads=threads
-                )
-            except EngineError as error:
-                print(f"left out {engine} {precision}: {error}", file=sys.stderr)
-                continue
-            if pipeline.engines["transformer"].precision == precision:
-                found[f"{engine} {precision}"] = pipeline
-    return found
+@dataclass(frozen=True)
+class Asked:
+    """What every variant draws."""
 
+    bundle: Bundle
+    height: int
+    width: int
+    steps: int
+    batch: int
 
-def one_image(pipeline: Pipeline, seed: int, steps: int | None) -> dict[str, float]:
-    """Seconds by stage for one image of the bundle's size."""
-    request = pipeline.request(
-        "dermoscopic image of a malignant lesion, melanoma", seed=seed, steps=steps
-    )
-    shape = flow.latent_shape(
-        request.height, request.width, pipeline.model.latent_channels, pipeline.model.scale
-    )
-    marks = [time.perf_counter()]
-    text = pipeline.encode([request.prompt])
-    marks.append(time.perf_counter())
-    latents = pipeline.denoise(
-        flow.noise(request.seed, shape)[None], text, steps=[request.steps],
-        guidance=[request.guidance],
-    )  # fmt: skip
-    marks.append(time.perf_counter())
-    (pixels,) = pipeline.decode(latents)
-    marks.append(time.perf_counter())
-    encode_png(pixels, pipeline.record(request))
-    marks.append(time.perf_counter())
-    spent = [after - before for before, after in zip(marks, marks[1:], strict=False)]
-    return dict(zip(STAGES, [*spent, sum(spent)], strict=True))
+    @classmethod
+    def of(cls, bundle: Bundle, settings: Settings) -> Asked:
+        """What the options say, the bundle's defaults for the rest.
+
+        Raises:
+            DermaFluxError: the bundle does not take it.
+        """
+        if settings.batch > bundle.limits.max_batch:
+            raise DermaFluxError(
+                f"--batch {settings.batch} is more than the bundle's limit; use 1 to "
+                f"{bundle.limits.max_batch}"
+            )
+        steps, size = settings.steps, settings.size
+        rules = (bundle.defaults, bundle.limits, bundle.model)
+        one = validate(*rules, captions(1)[0], 0, steps, None, size, size)
+        return cls(bundle, one.height, one.width, one.steps, settings.batch)
+
+    def draw(self, pipeline: Pipeline, number: int) -> Spent:
+        """The batch of a round: other prompts and seeds than those of every other round."""
+        prompts = captions(self.batch, seed=number)
+        requests = [
+            pipeline.request(
+                prompt, seed=number * self.batch + row, steps=self.steps,
+                height=self.height, width=self.width,
+            )
+            for row, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        return draw(pipeline, requests)[0]
 
 
 def measure(
-    pipelines: Mapping[str, Pipeline], rounds: int, steps: int | None
-) -> dict[str, list[dict[str, float]]]:
-    """`rounds` of one image by every variant in turn, after two that do not count."""
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
-    for number in range(-2, rounds):
-        for name, pipeline in pipelines.items():
-            spent = one_image(pipeline, max(number, 0), steps)
-            if number >= 0:
-                times[name].append(spent)
-        print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    return times
+    pipelines: Mapping[str, Pipeline], asked: Asked, rounds: int
+) -> tuple[dict[str, list[Spent]], dict[str, float]]:
+    """The rounds that count of every variant, in turn; and seconds of each one's first image."""
+    rows: dict[str, list[Spent]] = {name: [] for name in pipelines}
+
+    def side(name: str, number: int) -> None:
+        rows[name].append(asked.draw(pipelines[name], number))
+
+    sides: dict[str, Callable[[int], object]] = {name: partial(side, name) for name in pipelines}
+    alternate(sides, rounds, WARM_UP)
+    first = {name: spent[0].total for name, spent in rows.items()}
+    return {name: spent[WARM_UP:] for name, spent in rows.items()}, first
 
 
 def summary(
-    times: Mapping[str, Sequence[Mapping[str, float]]], floor: float
-) -> dict[str, dict[str, float]]:
-    """Medians in ms by stage, the 90th percentile, ratio to eager, share of the floor reached."""
-    table = {}
-    for name, rows in times.items():
-        figures = {f"{s}_ms": 1e3 * statistics.median(r[s] for r in rows) for s in STAGES}
-        figures["total_p90_ms"] = 1e3 * float(np.quantile([r["total"] for r in rows], 0.9))
-        figures["floor_reached"] = floor / (figures["denoise_ms"] / 1e3)
-        if EAGER in times:
-            figures["times_eager"] = statistics.median(
-                base["total"] / row["total"] for base, row in zip(times[EAGER], rows, strict=True)
-            )
-        table[name] = {key: round(value, 3) for key, value in figures.items()}
+    rows: Mapping[str, Sequence[Spent]], floors: Mapping[str, Mapping[str, Least]]
+) -> dict[str, dict[str, Any]]:
+    """Medians in ms by stage, percentiles, the ratio to eager, the share of each floor reached.
+
+    `floors` are by variant and stage, of one call: `denoise` has one call a step.
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for name, spent in rows.items():
+        stages = {stage: [one.seconds[stage] for one in spent] for stage in STAGES}
+        stages["encode"] = [sum(one.seconds[stage] for stage in STAGES[:3]) for one in spent]
+        stages["total"] = [one.total for one in spent]
+        medians = {stage: statistics.median(seconds) for stage, seconds in stages.items()}
+        later = [step for one in spent for step in one.steps[1:]]
+        figures: dict[str, Any] = {f"{stage}_ms": _ms(value) for stage, value in medians.items()}
+        figures["total_p90_ms"] = spread(stages["total"])["p90_ms"]
+        figures["percentiles"] = {
+            **{stage: spread(seconds) for stage, seconds in stages.items()},
+            "first_step": spread([one.steps[0] for one in spent]),
+            **({"later_steps": spread(later)} if later else {}),
+        }
+        figures["steps_ms"] = [
+            _ms(statistics.median(step)) for step in zip(*(one.steps for one in spent), strict=True)
+        ]
+        calls = {"denoise": len(spent[0].steps)}
+        figures["floors"] = {
+            stage: floor.share(medians[stage], calls.get(stage, 1))
+            for stage, floor in floors.get(name, {}).items()
+        }
+        if EAGER in rows:
+            found = ratio([one.total for one in rows[EAGER]], stages["total"])
+            figures["times_eager"] = round(found.median, 3)
+            figures["times_eager_95"] = [round(found.low, 3), round(found.high, 3)]
+        table[name] = figures
     return table
 
 
+def proof(pipeline: Pipeline, bundle: Bundle) -> dict[str, Any]:
+    """By part: the engine that runs, its precision, and what the bundle knows of the graph that
+    this engine executes: operations by kind and type, counted at the export."""
+    parts: dict[str, Any] = {}
+    for name in GENERATOR_PARTS:
+        engine = pipeline.engines[name]
+        file = bundle.parts[name].files.get(engine.precision)
+        counted = {} if file is None else file.quantized_ops.get(engine.name, {})
+        parts[name] = {"engine": engine.name, "precision": engine.precision, "quantized": counted}
+    return parts
+
+
+def peak_mb(variant: Variant, asked: Asked, checkpoint: Path | None, threads: int | None) -> float:
+    """The most memory of `python -m dermaflux generate` with the same engines, in MB.
+
+    Raises:
+        EngineError: the command failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = [
+            *variant.words(asked.bundle, checkpoint, threads),
+            *("--prompt", captions(1)[0], "--seed", "0", "--count", str(asked.batch)),
+            *("--steps", str(asked.steps), "--height", str(asked.height)),
+            *("--width", str(asked.width), "--out", folder),
+        ]
+        command = [sys.executable, "-m", "dermaflux", "generate", *words]
+        return round(peak.peak_of(command) / 1e6, 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.latency", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/mini"))
-    parser.add_argument("--checkpoint", type=Path, help="weights for eager torch, to compare with")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, help="default: the bundle's")
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    parser.add_argument("--out", type=Path, help="write the result here too")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds} measures nothing; use 1 or more")
-    return ended(lambda: run(options, arguments or sys.argv[1:]))
+    """Measure; the result is the last line of stdout."""
+    settings = parsed(Settings, "python -m benchmarks.latency", __doc__ or "", arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    return ended(lambda: run(settings, words))
 
 
-def run(options: argparse.Namespace, words: Sequence[str]) -> None:
-    """Measure, and print the result as one line of JSON; `words` are those of the command line."""
-    bundle = Bundle.open(options.bundle)
-    steps = options.steps or bundle.defaults.steps
-    config = json.loads(bundle.file("transformer/config.json").read_text())
-    image = bundle.defaults.height * bundle.defaults.width // (2 * bundle.model.scale) ** 2
-    flops = transformer_flops(config, image, bundle.model.text_length) * steps
-    rate = matmul_rate("fp32") or float("nan")
-    times = measure(variants(bundle, options.checkpoint, options.threads), options.rounds, steps)
-    result = {
-        "benchmark": "latency",
-        "command": " ".join(["python -m benchmarks.latency", *words]),
-        "environment": environment(),
-        "bundle": {"name": bundle.name, "id": bundle.id},
-        "size": [bundle.defaults.height, bundle.defaults.width],
-        "steps": steps,
-        "rounds": options.rounds,
-        "floor": {
-            "transformer_gflop": round(flops / 1e9, 2),
-            "matmul_gflops": round(rate / 1e9, 1),
-            "denoise_ms": round(1e3 * flops / rate, 2),
-        },
-        "variants": summary(times, flops / rate),
+def run(settings: Settings, words: Sequence[str]) -> None:
+    """What the command does; `words` are those of its command line.
+
+    Raises:
+        DermaFluxError: an option is out of range, or the bundle, an engine or a tier cannot be had.
+    """
+    at_least(settings, dict.fromkeys(("rounds", "batch", "threads", "steps", "size"), 1))
+    bundle = Bundle.open(settings.bundle)
+    asked = Asked.of(bundle, settings)
+    before = environment()
+    chosen = listed(bundle, settings.checkpoint, settings.tier)
+    if not chosen:
+        raise EngineError("no engine can run the transformer here; the lines above say why")
+    pipelines: dict[str, Pipeline] = {}
+    opening: dict[str, float] = {}
+    for one in chosen:
+        began = time.perf_counter()
+        pipelines[one.name] = one.pipeline(bundle, settings.checkpoint, settings.threads)
+        opening[one.name] = time.perf_counter() - began
+    limits = Limits.measured()
+    work = work_of(bundle, GENERATOR_PARTS, asked.batch, asked.height, asked.width)
+    rows, first = measure(pipelines, asked, settings.rounds)
+    floors = {
+        name: floors_of(bundle, pipeline.engines, work, limits)
+        for name, pipeline in pipelines.items()
     }
-    if options.out is not None:
-        files.write(options.out, (json.dumps(result, indent=2) + "\n").encode())
-    print(json.dumps(result))
+    table = summary(rows, floors)
+    for one in chosen:
+        row = table[one.name]
+        row |= {"open_ms": _ms(opening[one.name]), "first_image_ms": _ms(first[one.name]),
+                "parts": proof(pipelines[one.name], bundle)}  # fmt: skip
+        if "transformer" in work:
+            row["floor_reached"] = round(
+                asked.steps * work["transformer"].flops / limits.rates["fp32"]
+                / (row["denoise_ms"] / 1e3), 3,
+            )  # fmt: skip
+    pipelines.clear()
+    if not settings.no_peak:
+        for one in chosen:
+            print(f"the largest memory of {one.name}", file=sys.stderr)
+            table[one.name]["peak_mb"] = peak_mb(one, asked, settings.checkpoint, settings.threads)
+    step = work.get("transformer")
+    result = {
+        "environment": before,
+        "size": [asked.height, asked.width],
+        "steps": asked.steps,
+        "batch": asked.batch,
+        "rounds": settings.rounds,
+        "floor": {
+            **({} if step is None else {
+                "transformer_gflop": round(asked.steps * step.flops / 1e9, 2),
+                "denoise_ms": _ms(asked.steps * step.flops / limits.rates["fp32"]),
+            }),
+            "matmul_gflops": round(limits.rates["fp32"] / 1e9, 1),
+            **limits.told(),
+            "gflop": {name: {key: round(value / 1e9, 4) for key, value in asdict(one).items()}
+                      for name, one in work.items()},
+        },
+        "variants": table,
+    }  # fmt: skip
+    finish("latency", result, words, settings.out, bundle)
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
 
 
 if __name__ == "__main__":

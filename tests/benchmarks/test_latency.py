@@ -5,52 +5,99 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import latency
+from benchmarks import latency, machine
+from benchmarks.floors import Least, Limits
+from benchmarks.flops import Work
+from benchmarks.machine import Rate
+from benchmarks.stages import STAGES, Spent
+from benchmarks.variants import Variant
 from dermaflux.bundle import Bundle
 
-FLUX_DEV = {
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "in_channels": 64,
-    "joint_attention_dim": 4096,
-}
+
+@pytest.fixture(autouse=True)
+def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are looked at in test_machine; here they only have to be quick."""
+    monkeypatch.setattr(machine, "_SIDES", (64,))
+    monkeypatch.setattr(machine, "_LEAST", 2**22)
+    monkeypatch.setattr(machine, "last_level_cache", lambda: 2**20)
 
 
-def test_flops_of_flux_dev_are_the_published_ones() -> None:
-    # 59.512 TFLOP of linear layers (diffusers' own count: 59.523) and 14.872 of attention.
-    flops = latency.transformer_flops(FLUX_DEV, image_tokens=4096, text_tokens=512)
-    assert flops / 1e12 == pytest.approx(74.385, rel=2e-3)
+def spent(seconds: float, steps: int = 3) -> Spent:
+    return Spent(dict.fromkeys(STAGES, seconds), (seconds / steps,) * steps)
 
 
 def test_summary_compares_within_a_round() -> None:
-    def row(seconds: float) -> dict[str, float]:
-        return dict.fromkeys(latency.STAGES, seconds)
-
     # The machine is three times slower in the last round; the ratio does not see it.
-    times = {"eager": [row(2), row(2), row(6)], "fast": [row(1), row(1), row(3)]}
-    table = latency.summary(times, floor=0.5)
+    rows = {"eager": [spent(2), spent(2), spent(6)], "fast": [spent(1), spent(1), spent(3)]}
+    floors = {"fast": {"denoise": Least(0.1, 0.2), "decode": Least(0.1, 0.2)}}
+    table = latency.summary(rows, floors)
     assert table["fast"]["times_eager"] == 2
-    assert table["fast"]["total_ms"] == 1000
-    assert table["fast"]["floor_reached"] == 0.5
+    assert table["fast"]["times_eager_95"] == [2, 2]
+    assert table["fast"]["total_ms"] == 1000 * len(STAGES)
+    assert table["fast"]["encode_ms"] == 3000
+    # Three steps are three calls.
+    assert table["fast"]["floors"]["denoise"]["reached"] == pytest.approx(0.3)
+    assert table["fast"]["floors"]["denoise"]["reached_as_quantized"] == pytest.approx(0.6)
+    assert table["fast"]["floors"]["decode"]["reached"] == pytest.approx(0.1)
+    assert table["eager"]["floors"] == {}
 
 
-def test_the_command_measures_every_variant(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_floor_takes_the_rate_of_what_runs_and_reads_what_no_cache_holds() -> None:
+    rates = {"fp32": Rate(10.0, ""), "bf16": Rate(None, "emulated"), "int8": Rate(40.0, "")}
+    limits = Limits(rates, bandwidth=100.0, cache=50)
+    work = Work(linear=80, attention=40)
+    assert limits.least(work, 50, "fp32") == Least(12, 12)
+    assert limits.least(work, 50, "bf16") == Least(12, 12)  # computed in fp32 here
+    assert limits.least(work, 50, "int8") == Least(3, 2 + 4)
+    assert limits.least(work, 5000, "int8") == Least(50, 50)
+
+
+def test_the_command_measures_every_variant_by_stage(
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "latency.json"
-    status = latency.main(
-        ["--bundle", str(bundle), "--rounds", "1", "--steps", "2", "--out", str(out)]
-    )
-    assert status == 0
+    words = ["--bundle", str(tiny_bundle.path), "--rounds", "2", "--steps", "3", "--batch", "2"]
+    assert latency.main([*words, "--size", "32", "--no-peak", "--out", str(out)]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result == json.loads(out.read_text())
-    assert result["bundle"]["id"] == Bundle.open(bundle).id
+    assert result["bundle"]["id"] == tiny_bundle.id
+    assert (result["size"], result["steps"], result["batch"]) == ([32, 32], 3, 2)
     assert {"onnxruntime-cpu fp32", "openvino-cpu fp32", "openvino-cpu int8"} <= set(
         result["variants"]
     )
-    assert all(row["denoise_ms"] > 0 for row in result["variants"].values())
+    for name, row in result["variants"].items():
+        assert set(STAGES) <= set(row["percentiles"])
+        assert len(row["steps_ms"]) == 3
+        assert 0 < row["denoise_ms"] < row["total_ms"]
+        assert row["first_image_ms"] > 0
+        assert row["floors"]["denoise"]["floor_ms"] > 0
+        engine, precision = name.split()
+        part = row["parts"]["transformer"]
+        assert (part["engine"], part["precision"]) == (engine, precision)
+
+
+def test_the_largest_memory_is_that_of_the_products_command(tiny_bundle: Bundle) -> None:
+    asked = latency.Asked(tiny_bundle, 32, 32, 2, 2)
+    # An interpreter with numpy takes more than 20 MB, and all of this less than 2 GB.
+    assert 20 < latency.peak_mb(Variant("onnxruntime-cpu", "fp32"), asked, None, 1) < 2000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rounds", "0"], "--rounds 0"),
+        (["--batch", "99"], "--batch 99"),
+        (["--size", "17"], "17"),
+        (["--steps", "999"], "999"),
+    ],
+)
+def test_options_out_of_range_are_one_sentence(
+    tiny_bundle: Bundle, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert latency.main(["--bundle", str(tiny_bundle.path), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
 
 
 def test_a_missing_bundle_is_one_sentence(
@@ -58,3 +105,11 @@ def test_a_missing_bundle_is_one_sentence(
 ) -> None:
     assert latency.main(["--bundle", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    tiny_bundle: Bundle, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--bundle", str(tiny_bundle.path), "--checkpoint", str(checkpoint)]
+    assert latency.main(words) == 2
+    assert "of another model" in capsys.readouterr().err

@@ -1,32 +1,35 @@
-"""PyTorch as it is: the reference that every other engine is compared with.
+"""PyTorch as it is: the reference that every other engine is compared with. And torch made fast.
 
 Opens parts of a checkpoint (not of a bundle) behind the tensor names of a bundle's graphs. With
-`dermaflux.engines.parts` the only module of the runtime that imports torch, so nothing imports it
-until it was asked for.
+`dermaflux.engines.parts` and the `flux` modules beside it the only part of the runtime that imports
+torch, so nothing imports it until it was asked for.
 
     >>> load(Path("models/mini"), "transformer").run({"hidden_states": tokens, ...})
-    >>> load(Path("models/mini"), "transformer", compile=True)      # torch.compile
-    >>> load(Path("models/mini"), "transformer", precision="fp8", device="cuda")    # torchao
+    >>> load(Path("models/mini"), "transformer", fast=True)     # dermaflux.engines.flux
+    >>> load(Path("models/mini"), "transformer", compile=True)  # the same, blocks compiled
+    >>> load(Path("models/mini"), "transformer", precision="fp8", device="cuda")
+
+The plain call runs diffusers' own forward: exports are held to it, so nothing of ours is in it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, overload
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
 
 from dermaflux import vocabulary
 from dermaflux.bundle import GENERATOR_PARTS, TOKENIZERS
 from dermaflux.checkpoint import Checkpoint
-from dermaflux.engines import EAGER, Array, Arrays
+from dermaflux.engines import EAGER, Array, Arrays, flux_engine
+from dermaflux.engines.flux_engine import FluxEngine
+from dermaflux.engines.flux_fp8 import LOW
 from dermaflux.engines.parts import module
 from dermaflux.errors import BundleError, EngineError, translated
 from dermaflux.tokens import Tokens
@@ -81,6 +84,18 @@ class EagerEngine:
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
+@overload
+def load(
+    checkpoint: Path,
+    part: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> EagerEngine: ...
+
+
+@overload
 def load(
     checkpoint: Path,
     part: str,
@@ -90,12 +105,29 @@ def load(
     device: str = "cpu",
     compile: bool = False,
     threads: int | None = None,
-) -> EagerEngine:
-    """The engine of a part; `compile` puts torch.compile around it, which pays after minutes.
+    fast: bool = False,
+) -> EagerEngine | FluxEngine: ...
 
-    `precision` names a dtype (`fp32`, `bf16`, `fp16`), or is `fp8`: torchao's, for the blocks of
-    the transformer; other parts are in bf16 then. `threads` is torch's number for the whole
-    process: torch has no other.
+
+def load(
+    checkpoint: Path,
+    part: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    precision: str | None = None,
+    device: str = "cpu",
+    compile: bool = False,
+    threads: int | None = None,
+    fast: bool = False,
+) -> EagerEngine | FluxEngine:
+    """The engine of a part.
+
+    `precision` names a dtype (`fp32`, `bf16`, `fp16`), or is `fp8`: that of the transformer's
+    blocks; other parts are in bf16 then. `fast` runs the transformer with our own forward, equal to
+    diffusers' within rounding (`dermaflux.engines.flux`), as `compile` and `fp8` do too; on CUDA
+    its blocks are then compiled and its forward is a graph. `compile` puts torch.compile around
+    other parts and around blocks on a CPU too: it pays after minutes. `threads` is torch's number
+    for the whole process: torch has no other.
 
     Raises:
         EngineError: the part cannot be opened, torch has no such device, or no such precision.
@@ -109,17 +141,22 @@ def load(
     if precision is not None:
         named = {name: kind for kind, name in PRECISIONS.items()}
         dtype = named.get(precision, torch.bfloat16)
-    name = PRECISIONS[dtype]
+    if part == "transformer" and (fast or compile or precision == FP8):
+        return flux_engine.opened(
+            checkpoint / part,
+            dtype,
+            place,
+            precision=precision or PRECISIONS[dtype],
+            compile=compile,
+            low=LOW if precision == FP8 else (),
+        )
     with _LOADING:
         part_module: Any = module(checkpoint, part, dtype).to(place)
-    if precision == FP8 and part == "transformer":
-        _to_fp8(part_module, place)
-        name = FP8
     return EagerEngine(
         model=torch.compile(part_module) if compile else part_module,
         inputs=part_module.inputs,
         outputs=part_module.outputs,
-        precision=name,
+        precision=PRECISIONS[dtype],
         dtype=dtype,
         device=place,
         lock=threading.Lock(),
@@ -140,40 +177,6 @@ def torch_device(name: str) -> torch.device:
         why = str(error).splitlines()[0]
         raise EngineError(f"torch cannot use the device {name!r}: {why}. Use cpu") from error
     return device
-
-
-def _to_fp8(part: nn.Module, device: torch.device) -> None:
-    """The linear layers of all blocks in fp8, in place; embedders, norms and the last layer stay.
-
-    On CUDA weights and activations, scaled by row, and weights alone where a layer sees one row
-    per image (modulation); on a CPU weights alone, for there are no products of fp8. Run so far:
-    the CPU.
-    """
-    if importlib.util.find_spec("torchao") is None:
-        raise EngineError("fp8 on the eager engine needs torchao; pip install torchao")
-    from torchao.quantization import (  # type: ignore[import-not-found, unused-ignore]
-        Float8DynamicActivationFloat8WeightConfig,
-        Float8WeightOnlyConfig,
-        PerRow,
-        quantize_,
-    )
-
-    def in_block(layer: nn.Module, name: str) -> bool:
-        return isinstance(layer, nn.Linear) and "transformer_blocks." in name
-
-    def modulates(layer: nn.Module, name: str) -> bool:
-        return in_block(layer, name) and ".norm" in name
-
-    everything = Float8WeightOnlyConfig()
-    try:
-        if device.type == "cpu":
-            quantize_(part, everything, filter_fn=in_block)
-            return
-        products = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-        quantize_(part, everything, filter_fn=modulates)
-        quantize_(part, products, filter_fn=lambda m, n: in_block(m, n) and not modulates(m, n))
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise EngineError(f"torchao has no fp8 on {device}: {error}") from error
 
 
 def tokenizers(checkpoint: Checkpoint) -> dict[str, Tokens]:

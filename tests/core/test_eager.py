@@ -138,25 +138,18 @@ def test_precisions_are_near_each_other_and_named(tiny_checkpoint):
         eager.load(tiny_checkpoint, "vae_decoder", precision="int4")
 
 
-def test_fp8_is_torchaos(tiny_checkpoint):
-    from importlib.util import find_spec
-
+def test_the_reference_is_diffusers_own_forward_and_the_fast_one_is_asked_for(tiny_checkpoint):
     from dermaflux.engines import eager
 
-    if find_spec("torchao") is None:
-        with pytest.raises(EngineError, match="pip install torchao"):
-            eager.load(tiny_checkpoint, "transformer", precision="fp8")
-        return
-    engine = eager.load(tiny_checkpoint, "transformer", precision="fp8")
-    assert engine.precision == "fp8"
-    kinds = {
-        name: type(layer.weight).__name__
-        for name, layer in engine.model.named_modules()
-        if isinstance(layer, torch.nn.Linear)
-    }
-    low = {name for name, kind in kinds.items() if kind == "Float8Tensor"}
-    assert low == {name for name in kinds if "transformer_blocks." in name}
-    assert low != set(kinds)
+    plain = eager.load(tiny_checkpoint, "transformer", precision="fp32")
+    assert isinstance(plain, eager.EagerEngine)
+    assert isinstance(plain.model.model, diffusers.FluxTransformer2DModel)
+    for options in ({"fast": True}, {"compile": True}, {"precision": "fp8"}):
+        engine = eager.load(tiny_checkpoint, "transformer", **options)
+        assert isinstance(engine, eager.FluxEngine)
+        assert (engine.name, engine.precision) == (EAGER, options.get("precision", "fp32"))
+    decoder = eager.load(tiny_checkpoint, "vae_decoder", fast=True)
+    assert isinstance(decoder, eager.EagerEngine)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

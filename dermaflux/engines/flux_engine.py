@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dermaflux.engines import EAGER, Array, Arrays
-from dermaflux.engines.flux import Flux, Rotary, embedded, modulated, rotary, velocity
+from dermaflux.engines.flux import Flux, embedded, modulated, rotary, velocity
 from dermaflux.engines.flux_graph import SHAPES, Blocks, Capture, Replayed, Tensors, on_cuda
 from dermaflux.engines.flux_weights import opened as weights_of
 from dermaflux.engines.flux_weights import size
@@ -100,7 +100,7 @@ class _Bound:
     """What stays the same over the steps of a batch."""
 
     text: Tensor
-    turn: Rotary
+    turn: Tensor
     ahead: Ahead
     owner: object = field(default_factory=object)
 
@@ -176,15 +176,14 @@ class FluxEngine:
         if self.flux.guidance is not None:
             guidance = torch.from_numpy(constant["guidance"].astype(np.float32)).to(pooled.device)
         ids = np.concatenate([constant["txt_ids"], constant["img_ids"]])
-        cosine, sine = rotary(self.flux.axes, torch.from_numpy(ids))
         return _Bound(
             text=embedded(self.flux, self._tensor(constant["encoder_hidden_states"])),
-            turn=(cosine.to(pooled.device), sine.to(pooled.device)),
+            turn=rotary(self.flux.axes, torch.from_numpy(ids)).to(pooled.device),
             ahead=Ahead(self.flux, pooled, guidance, timesteps),
         )
 
     def _forward(self, bound: _Bound, tokens: Tensor, vectors: Tensor) -> Tensor:
-        held = {"text": bound.text, "cosine": bound.turn[0], "sine": bound.turn[1]}
+        held = {"text": bound.text, "turn": bound.turn}
         varying = {"tokens": tokens, "vectors": vectors}
         key = (tokens.shape, bound.text.shape)
         if key not in self._shapes and len(self._shapes) == SHAPES and self._settles():
@@ -205,12 +204,9 @@ class FluxEngine:
         return self.blocks is not None or self._capture is not None
 
     def _work(self, given: Tensors, blocks: Blocks | None) -> Tensor:
-        turn = (given["cosine"], given["sine"])
         compiled = (blocks.double, blocks.single) if blocks else (None, None)
         with attention_order(self._weight.device):
-            return velocity(
-                self.flux, given["tokens"], given["text"], given["vectors"], turn, *compiled
-            )
+            return velocity(self.flux, **given, double=compiled[0], single=compiled[1])
 
     def _tensor(self, value: Array) -> Tensor:
         return torch.from_numpy(value.copy()).to(self._weight.device, self._weight.dtype)

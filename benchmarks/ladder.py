@@ -1,0 +1,216 @@
+"""A ladder: one technique a row, all rows measured in turn, each beside the first and one before.
+
+    >>> rungs = [Rung("diffusers eager", "what a user has", draw_eager),
+    ...          Rung("ours", "its graphs on OpenVINO", draw_ours, ours=True)]
+    >>> rows = climb(rungs, Effort(rounds=15, seconds=120), floor, alike)
+    >>> rows[1]["times_baseline"]
+    {'median': 2.46, 'low': 2.41, 'high': 2.52}
+
+What a rung makes is compared with what the first made in the same round: a row that is fast since
+it made something else is told as wrong, unless it is labelled lossy. How many rounds are measured
+depends on how long one takes, so that a busy machine gives wider intervals and not a lost evening.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks.measuring import Ratio, alternate, ratio, spread
+from dermaflux.errors import DermaFluxError
+
+LEAST_ROUNDS: Final = 3
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call made, seconds by stage, and its own clock where that is what counts."""
+
+    output: Any
+    stages: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+
+
+def _nothing() -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One row: `make` gets the number of the round.
+
+    `precision` is that of the floor it is held against, `fp32`, `bf16` or `int8`; `lossy` says that
+    what it makes may differ; `before` is the rung that it adds one technique to, the one above it
+    if not given; `evidence` is asked after it was measured, and says what really ran.
+    """
+
+    name: str
+    technique: str
+    make: Callable[[int], Made]
+    ours: bool = False
+    precision: str = "fp32"
+    lossy: bool = False
+    before: str | None = None
+    opened_s: float | None = None
+    evidence: Callable[[], Mapping[str, Any]] = _nothing
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Rounds at most, and seconds that a ladder may take; never under `LEAST_ROUNDS` rounds."""
+
+    rounds: int
+    seconds: float
+
+    def fits(self, one_round: float) -> int:
+        """Rounds, where one takes so many seconds."""
+        most = math.floor(self.seconds / max(one_round, 1e-9))
+        return max(min(LEAST_ROUNDS, self.rounds), min(self.rounds, most))
+
+
+Floors = Callable[[str], Mapping[str, Any] | None]
+"""Precision -> `{"ms": ..., "precision": ...}`: the floor of one call; None if unknown."""
+Alike = Callable[[Any, Any], Mapping[str, float]]
+"""What the first and this rung made -> figures; `wrong` above 0 is that they differ too much."""
+
+
+@dataclass
+class Ladder:
+    """Rungs, their floor, and what was left out and why."""
+
+    rungs: list[Rung]
+    floor: Floors
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, make: Callable[[], Rung]) -> None:
+        """A rung that may not be had here."""
+        try:
+            self.rungs.append(make())
+        except (DermaFluxError, ImportError) as error:
+            self.left_out[name] = str(error)
+
+
+def climb(
+    rungs: Sequence[Rung], effort: Effort, floor: Floors, alike: Alike, each: int = 1
+) -> list[dict[str, Any]]:
+    """One row a rung, in order; `each` is how many pictures a call makes.
+
+    Raises:
+        DermaFluxError: there is no rung; or two have one name.
+    """
+    names = [rung.name for rung in rungs]
+    if not names or len(set(names)) != len(names):
+        raise DermaFluxError(f"a ladder needs rungs of different names, not {names}")
+    made: dict[str, list[Made]] = {name: [] for name in names}
+
+    def kept(rung: Rung) -> Callable[[int], object]:
+        return lambda number: made[rung.name].append(rung.make(number))
+
+    sides = {rung.name: kept(rung) for rung in rungs}
+    # The first call of all is the slowest, so that its time says nothing of how many rounds fit.
+    for _ in range(2):
+        began = time.perf_counter()
+        for side in sides.values():
+            side(0)
+        one_round = time.perf_counter() - began
+    rounds = effort.fits(one_round)
+    told = f"{len(names)} sides, {one_round:.1f} s a round, {rounds} rounds: {', '.join(names)}"
+    print(told, file=sys.stderr)
+    seconds = alternate(sides, rounds, warm_up=0)
+    for name, results in made.items():
+        made[name] = results[-rounds:]
+        own = [one.seconds for one in made[name]]
+        seconds[name] = [b if a is None else a for a, b in zip(own, seconds[name], strict=True)]
+    return [
+        _row(rung, rungs[max(0, number - 1)], rungs, seconds, made, floor, alike, each)
+        for number, rung in enumerate(rungs)
+    ]
+
+
+def _row(
+    rung: Rung,
+    above: Rung,
+    rungs: Sequence[Rung],
+    seconds: Mapping[str, Sequence[float]],
+    made: Mapping[str, Sequence[Made]],
+    floor: Floors,
+    alike: Alike,
+    each: int,
+) -> dict[str, Any]:
+    base, before = rungs[0].name, rung.before or above.name
+    before = before if before in seconds else above.name
+    own = seconds[rung.name]
+    row: dict[str, Any] = {
+        "name": rung.name,
+        "technique": rung.technique,
+        "ours": rung.ours,
+        "lossy": rung.lossy,
+        "rounds": len(own),
+        **spread(own),
+        "per_second": round(each / float(np.median(own)), 4),
+        "times_baseline": rounded(ratio(seconds[base], own)),
+        "before": before,
+        "times_before": rounded(ratio(seconds[before], own)),
+        "stages_ms": stages(made[rung.name]),
+        "alike": _alike(made[base], made[rung.name], alike),
+        "evidence": dict(rung.evidence()),
+    }
+    if rung.opened_s is not None:
+        row["opened_s"] = round(rung.opened_s, 2)
+    found = floor(rung.precision)
+    if found is not None:
+        row["floor"] = dict(found)
+        row["floor_reached"] = round(found["ms"] / row["p50_ms"], 4)
+    row["wrong"] = bool(row["alike"].pop("wrong", 0)) and not rung.lossy
+    return row
+
+
+def stages(made: Sequence[Made]) -> dict[str, float]:
+    """Medians in ms, of the stages that a side can tell."""
+    names = list(dict.fromkeys(name for one in made for name in one.stages))
+    return {
+        name: round(1e3 * float(np.median([one.stages.get(name, 0.0) for one in made])), 3)
+        for name in names
+    }
+
+
+def rounded(found: Ratio) -> dict[str, float]:
+    """A ratio for a result."""
+    return {name: round(value, 3) for name, value in asdict(found).items()}
+
+
+def _alike(base: Sequence[Made], own: Sequence[Made], alike: Alike) -> dict[str, float]:
+    """Over rounds: the median of each figure, and under `worst_` its least favourable."""
+    figures = [alike(a.output, b.output) for a, b in zip(base, own, strict=True)]
+    found: dict[str, float] = {}
+    for name in figures[0]:
+        values = [one[name] for one in figures]
+        if name == "wrong":
+            found[name] = max(values)
+            continue
+        worst = min(values) if name == "psnr_db" else max(values)
+        found[name] = round(float(np.median(values)), 6)
+        found[f"worst_{name}"] = round(float(worst), 6)
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The ladder for a terminal."""
+    lines = [f"{'':34} {'p50 ms':>10} {'times':>7} {'95 %':>15} {'step':>6} {'floor':>6}  alike"]
+    for row in rows:
+        times = row["times_baseline"]
+        between = f"{times['low']:.2f} to {times['high']:.2f}"
+        reached = f"{100 * row['floor_reached']:.0f} %" if "floor_reached" in row else ""
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in row["alike"].items())
+        label = " (lossy)" if row["lossy"] else " WRONG" if row["wrong"] else ""
+        lines.append(
+            f"{row['name'] + label:34} {row['p50_ms']:10.1f} {times['median']:7.2f} {between:>15} "
+            f"{row['times_before']['median']:6.2f} {reached:>6}  {figures}"
+        )
+    return "\n".join(lines)

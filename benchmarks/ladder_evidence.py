@@ -1,0 +1,111 @@
+"""What really ran, read from the engines after they were measured.
+
+    >>> evidence_of(pipeline)["transformer"]
+    {'engine': 'openvino-cpu', 'precision': 'int8', 'computes': {'FullyConnected': {'i8': 48}}}
+
+A precision that is asked for and quietly not used gives the same time and the same picture as the
+one before; only the executed graph shows it. So operations are counted in the graph that the engine
+made, not in the file. `Counted` counts calls, which is what shows that a step was forecast or a
+text was not encoded again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from dermaflux.engines import Array, Arrays, Engine
+from dermaflux.pipeline import Pipeline
+from dermaflux.residency import InTurns
+
+_COMPUTE: Final = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution",
+                   "ScaledDotProductAttention")  # fmt: skip
+_EIGHT: Final = ("i8", "u8")
+
+
+class Counted:
+    """An engine that counts how often it is run, and for how many items in all."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.calls = self.items = 0
+
+    @property
+    def name(self) -> str:
+        return self.engine.name
+
+    @property
+    def precision(self) -> str:
+        return self.engine.precision
+
+    def run(self, inputs: Arrays) -> dict[str, Array]:
+        """The engine's own answer."""
+        self._count(inputs)
+        return self.engine.run(inputs)
+
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
+        """The engine's own step."""
+        step = self.engine.bind(constant, timesteps)
+
+        def counted(varying: Arrays) -> dict[str, Array]:
+            self._count(varying)
+            return step(varying)
+
+        return counted
+
+    def _count(self, inputs: Arrays) -> None:
+        self.calls += 1
+        self.items += len(next(iter(inputs.values())))
+
+
+def counted(pipeline: Pipeline) -> dict[str, Counted]:
+    """Have a pipeline's engines counted from now on; none of those that take turns in memory,
+    which know each other."""
+    if isinstance(pipeline.engines, InTurns):
+        return {}
+    counters = {name: Counted(engine) for name, engine in pipeline.engines.items()}
+    pipeline.engines = counters
+    return counters
+
+
+def evidence_of(engines: Mapping[str, Engine]) -> dict[str, Any]:
+    """By part: engine, precision, what its executed graph computes in, calls where counted."""
+    found: dict[str, Any] = {}
+    for part, given in engines.items():
+        engine = given.engine if isinstance(given, Counted) else given
+        told: dict[str, Any] = {"engine": engine.name, "precision": engine.precision}
+        computes = operations(engine)
+        if computes:
+            told["computes"] = computes
+        if isinstance(given, Counted):
+            told["calls"] = given.calls
+        found[part] = told
+    return found
+
+
+def operations(engine: Engine) -> dict[str, dict[str, int]]:
+    """Products of matrices and convolutions by the type that they run in; nothing where the engine
+    does not tell.
+
+    OpenVINO names the kernel of each operation (`brgemm_avx512_i8`); its last word is the type it
+    computes in, and `runtimePrecision` what its weights are held in.
+    """
+    compiled: Any = getattr(engine, "_model", None)
+    if not hasattr(compiled, "get_runtime_model"):
+        return {}
+    counts: dict[str, Counter[str]] = {}
+    for operation in compiled.get_runtime_model().get_ops():
+        details: Any = operation.get_rt_info()
+        kind = details["layerType"].astype(str)
+        if kind not in _COMPUTE:
+            continue
+        computed = details["primitiveType"].astype(str).rsplit("_", 1)[-1].lower()
+        held = details["runtimePrecision"].astype(str)
+        small = held in _EIGHT and computed not in _EIGHT
+        counts.setdefault(kind, Counter())[
+            f"{computed} of 8-bit weights" if small else computed
+        ] += 1
+    return {kind: dict(sorted(found.items())) for kind, found in sorted(counts.items())}

@@ -174,7 +174,7 @@ def read_marks(data: bytes) -> dict[str, str]:
 def _record(text: str) -> list[tuple[str, str]]:
     try:
         known = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return [(key, str(value)) for key, value in known.items()] if isinstance(known, dict) else []
 

@@ -33,6 +33,8 @@ State = Literal["absent", "valid", "edited", "broken"]
 
 RECORD: Final = "dermaflux.generation"
 """Label of our assertion."""
+REMOTE: Final = "Remote"
+"""The problem of a file that has no manifest, and names an address of one, which is not asked."""
 
 _SETTINGS: Final[Mapping[str, Any]] = {
     "version": 1,
@@ -72,6 +74,11 @@ class Manifest:
     def believed(self) -> bool:
         """Whether what it says was said by a trusted signer, be it of another file."""
         return self.trusted and self.state in ("valid", "edited")
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether it says that a trained model made the picture."""
+        return self.source_type == SOURCE_TYPE
 
 
 class Credentials:
@@ -150,7 +157,8 @@ class Credentials:
             words = str(error)
             if isinstance(error, c2pa.C2paError.ManifestNotFound):
                 return Manifest("absent")
-            return Manifest("broken", problems=(words.split(":")[0][:80],))
+            code = words.split(":")[0][:80]
+            return Manifest("absent" if code == REMOTE else "broken", problems=(code,))
         return _read(told)
 
     def _library(self) -> tuple[Any, Any]:

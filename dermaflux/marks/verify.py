@@ -2,7 +2,7 @@
 
     >>> verdict = verify(path.read_bytes(), Keys.open(folder, make=False), registry)
     >>> verdict.shown, verdict.sentences
-    (True, ('The manifest is gone.', 'The watermark is there (score 19.2, ...).'))
+    (True, ('There is no signed manifest.', 'The watermark is there (score 19.2, ...).'))
 
 That nothing is found shows nothing: marks can be removed, and others' images bear other marks.
 """
@@ -18,10 +18,10 @@ import numpy as np
 
 from dermaflux.images import SOURCE_TYPE, decode_upload, read_marks
 from dermaflux.marks import crops
-from dermaflux.marks.credentials import Credentials, Manifest
+from dermaflux.marks.credentials import REMOTE, Credentials, Manifest
 from dermaflux.marks.keys import Keys
 from dermaflux.marks.registry import Known, pixel_hash
-from dermaflux.marks.watermark import Found, Watermark
+from dermaflux.marks.watermark import UPRIGHT, Found, Watermark
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ class Verdict:
 
     @property
     def signed(self) -> bool:
-        """Whether a trusted signer signed this file, or these pixels."""
-        # A manifest that was cut out of another file is genuine, and says nothing of this one.
-        return self.exact or (self.manifest.trusted and self.manifest.state == "valid")
+        """Whether a trusted signer signed this file, or these pixels, as made by a model."""
+        # A manifest that was cut out of another file is genuine, and says nothing of this one. And
+        # an authority of the site's own may vouch for cameras, too.
+        manifest = self.manifest
+        return self.exact or (manifest.trusted and manifest.state == "valid" and manifest.synthetic)
 
     @property
     def shown(self) -> bool:
@@ -70,7 +72,7 @@ class Verdict:
     @property
     def claimed(self) -> bool:
         """Whether it says of itself that a model made it, without that being shown."""
-        return SOURCE_TYPE in (self.manifest.source_type, self.claims.get("DigitalSourceType"))
+        return self.manifest.synthetic or self.claims.get("DigitalSourceType") == SOURCE_TYPE
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -90,7 +92,8 @@ class Verdict:
                 f"pixels, from {self.crop.left}, {self.crop.top} on ({_odds(self.marked)})."
             )
         elif self.marked is not None:
-            told.append(f"The watermark is there, {self.marked.view} ({_odds(self.marked)}).")
+            lies = "" if self.marked.view == UPRIGHT else f", the picture {self.marked.view}"
+            told.append(f"The watermark is there{lies} ({_odds(self.marked)}).")
         elif self.watermark is not None:
             told.append("No watermark of these keys is found.")
         if not self.shown:
@@ -172,10 +175,14 @@ def verify(
 def _of_manifest(manifest: Manifest) -> str:
     by = f"signed by {manifest.signer or 'nobody named'}"
     trust = "who is trusted here" if manifest.trusted else "who is not known here"
+    says = "" if manifest.synthetic else ", but nobody says there that a model made it"
     why = f" ({', '.join(manifest.problems)})" if manifest.problems else ""
     return {
-        "absent": "There is no signed manifest.",
-        "valid": f"The manifest holds, {by}, {trust}; the file is as it was signed.",
+        "absent": "There is no signed manifest in the file; it names one elsewhere, which is not "
+        "fetched."
+        if REMOTE in manifest.problems
+        else "There is no signed manifest.",
+        "valid": f"The manifest holds, {by}, {trust}; the file is as it was signed{says}.",
         "edited": f"There is a manifest {by}, {trust}, but not of this file: it was changed after, "
         f"or the manifest is from another{why}.",
         "broken": f"The manifest does not hold{why}.",
@@ -183,7 +190,8 @@ def _of_manifest(manifest: Manifest) -> str:
 
 
 def _odds(found: Found) -> str:
-    return f"score {found.score:.1f}, by chance at most {found.p_value:.0e}"
+    # A sum of rounded numbers shows no less, and nothing is impossible.
+    return f"score {found.score:.1f}, by chance at most {max(found.p_value, 1e-30):.0e}"
 
 
 def _plain(found: Found) -> dict[str, Any]:

@@ -39,6 +39,9 @@ STRENGTHS: Final = (46.0, 44.0, 42.0, 40.5)
 ALARM: Final = 1e-6
 """A mark is said to be present if its p-value, all tries counted, is at most this."""
 
+UPRIGHT: Final = "as it is"
+"""How a picture lies that nobody turned."""
+
 _LARGEST: Final = 1024
 """Pixels a side that are looked at; larger pictures are averaged down first."""
 _TEST_QUALITY: Final = 50
@@ -71,7 +74,7 @@ class Found:
     p_value: float
     tries: int
     payload: bytes | None = None
-    view: str = "as it is"
+    view: str = UPRIGHT
     key: int = 0
 
     @property
@@ -157,7 +160,7 @@ def chance(score: float, tries: int) -> float:
 
 
 _VIEWS: Final = {
-    "as it is": (False, False, False),
+    UPRIGHT: (False, False, False),
     "flipped left to right": (False, False, True),
     "flipped upside down": (False, True, False),
     "turned by 180 degrees": (False, True, True),

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from dermaflux.errors import ImageError
 from dermaflux.images import SOURCE_TYPE, encode, read_marks
 from dermaflux.marks import Keys, Marker, MarksError, Registry, verify
+from dermaflux.marks import credentials as signing
 from dermaflux.marks import registry as reading
 from dermaflux.marks.certificates import made
 from dermaflux.marks.credentials import Credentials
@@ -154,6 +155,20 @@ def test_a_signature_of_another_site_is_not_ours(marker, files, tmp_path):
     assert (again.manifest.trusted, again.shown) == (True, True)
 
 
+def test_a_photograph_that_the_same_authority_signed_is_not_called_drawn(marker, monkeypatch):
+    """Under the root of a hospital a camera may sign as well."""
+    capture = SOURCE_TYPE.replace("trainedAlgorithmicMedia", "digitalCapture")
+    stream = io.BytesIO()
+    Image.fromarray(255 - PIXELS).save(stream, "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(signing, "SOURCE_TYPE", capture)
+        photograph = marker._credentials.sign(stream.getvalue(), "png", {})
+    verdict = marker.verify(photograph, crops=False)
+    assert (verdict.manifest.state, verdict.manifest.trusted) == ("valid", True)
+    assert (verdict.manifest.source_type, verdict.shown, verdict.claimed) == (capture, False, False)
+    assert "nobody says there that a model made it" in verdict.sentences[0]
+
+
 def test_pixels_as_drawn_are_recognised_after_all_is_lost(marker):
     marked = marker.mark(PIXELS, RECORD, watermark=False)
     assert (marked.pixels_sha256, marked.shown_sha256) == (pixel_hash(PIXELS),) * 2
@@ -211,7 +226,8 @@ def test_no_file_asks_the_network():
         )
         stream = io.BytesIO()
         Image.fromarray(PIXELS).save(stream, "JPEG", xmp=xmp.encode())
-        assert Credentials().read(stream.getvalue()).state in ("absent", "broken")
+        assert Credentials().read(stream.getvalue()).state == "absent"
+        assert "it names one elsewhere" in verify(stream.getvalue()).sentences[0]
         with pytest.raises(BlockingIOError):
             server.accept()
 
@@ -237,6 +253,28 @@ def test_damaged_files_are_refused_or_judged_and_nothing_else(marker, files):
 def test_what_is_no_picture_is_refused(marker, data):
     with pytest.raises(ImageError):
         marker.verify(data)
+
+
+def test_texts_that_nest_without_end_are_no_record(marker):
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", f'dermaflux:record="{"[" * 200_000}"')
+    stream = io.BytesIO()
+    Image.fromarray(255 - PIXELS).save(stream, "PNG", pnginfo=info)
+    assert read_marks(stream.getvalue()) == {}
+    assert not marker.verify(stream.getvalue(), crops=False).shown
+
+
+def test_words_say_no_chance_of_zero_and_no_authenticity(marker, files):
+    for data in (files["png None"], resaved(files["png None"], "JPEG", quality=95)):
+        words = " ".join(marker.verify(data).sentences)
+        assert "The watermark is there (score" in words
+        assert "at most 1e-30" in words
+        assert "authentic" not in words.lower()
+    turned = io.BytesIO()
+    with Image.open(io.BytesIO(files["png None"])) as one:
+        one.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(turned, "PNG")
+    words = " ".join(marker.verify(turned.getvalue()).sentences)
+    assert "The watermark is there, the picture flipped left to right (score" in words
 
 
 def test_bombs_are_refused_before_they_are_unpacked(marker):

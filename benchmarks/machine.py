@@ -203,7 +203,8 @@ def _best(work: Callable[[], object], rounds: int) -> float:
 def _tries(precision: str, rounds: int) -> Mapping[str, float | None]:
     found: dict[str, float | None] = {}
     for side in _SIDES:
-        few = max(3, int(rounds * (1024 / side) ** 3))
+        # As long for each side, but for the smallest.
+        few = min(8 * rounds, max(3, int(rounds * (1024 / side) ** 3)))
         operations = 2 * side**3
         if precision == "fp32":
             found[f"numpy ({blas()}), {side} x {side}"] = operations / _best(_numpy(side), few)

@@ -229,6 +229,9 @@ class Core:
     def read_model(self, path: str) -> Core:
         return self
 
+    def get_ordered_ops(self) -> list[object]:
+        return []
+
     def reshape(self, shapes: dict[str, list[int]]) -> None:
         self.shapes = shapes
 

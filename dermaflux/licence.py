@@ -63,6 +63,7 @@ class Licence:
 
 UNKNOWN: Final = Licence("unknown", "", False, False, False, known=False)
 
+_SHORT: Final = {"apache": "Apache-2.0", "apache-license-2.0": "Apache-2.0"}
 _NO_ATTRIBUTION: Final = ("CC0-1.0", "PDM", "Unlicense", "0BSD")
 _PERMISSIVE: Final = ("MIT", "BSD-2-Clause", "BSD-3-Clause", "Apache-2.0", "ISC", *_NO_ATTRIBUTION)
 
@@ -121,6 +122,8 @@ _OTHERS: Final[Mapping[str, Licence]] = {
     "public-domain": Licence("PDM", "https://creativecommons.org/publicdomain/mark/1.0/"),
 }
 _CC: Final = re.compile(r"cc-?by(-nc)?(-nd|-sa)?(?:-(\d\.\d))?(?:-(?:deed|international|intl))?")
+_AND: Final = re.compile(r"\s+AND\s+", re.IGNORECASE)
+_OR: Final = re.compile(r"\s+OR\s+", re.IGNORECASE)
 _CC0: Final = re.compile(r"cc-?0(-1\.0)?(-universal)?")
 
 
@@ -142,7 +145,7 @@ def find(text: str) -> Licence:
         return _permissive("CC0-1.0")
     if match := _CC.fullmatch(slug):
         return _creative_commons(*match.groups())
-    named = {name.casefold(): name for name in _PERMISSIVE} | {"apache": "Apache-2.0"}
+    named = {name.casefold(): name for name in _PERMISSIVE} | _SHORT
     if slug in named:
         return _permissive(named[slug])
     return Licence(bare, "", False, False, False, known=False)
@@ -190,8 +193,26 @@ class Ingredient:
 
     @property
     def licences(self) -> tuple[Licence, ...]:
-        """Usually one; several where it is bound by all of them (`A AND B`, as SPDX has it)."""
-        return tuple(find(one) for one in re.split(r"\s+AND\s+", self.licence))
+        """Usually one; several where it is bound by all of them (`A AND B`, as SPDX has it). Where
+        one may choose (`A OR B`), the one that allows most."""
+        text = self.licence.strip()
+        if _OR.search(text) and _AND.search(text) and "(" not in text:
+            return (find(text),)  # which of the two binds is for its owner to say
+        return tuple(_chosen(one) for one in _AND.split(text))
+
+
+def _chosen(text: str) -> Licence:
+    bare = text.strip()
+    if bare.startswith("(") and bare.endswith(")"):
+        bare = bare[1:-1]
+    if "(" in bare or ")" in bare:
+        return find(text)
+    return max(map(find, _OR.split(bare)), key=_freedom)
+
+
+def _freedom(one: Licence) -> tuple[bool, ...]:
+    """The larger the more is allowed."""
+    return (one.known, one.open, one.commercial, one.adaptations, one.redistribution)
 
 
 @dataclass(frozen=True)
@@ -271,7 +292,7 @@ def require(
             if eu and not licence.eu:
                 words = "grants no rights to its multimodal models in the European Union"
                 found.append(Forbidden(one.name, licence.id, USES, words))
-    pardoned = {_named(text).id for text in accepted}
+    pardoned = {acceptable(text).id for text in accepted}
     found = [one for one in found if one.licence not in pardoned]
     if found:
         reasons = _distinct(f"{one.ingredient} ({one.licence}) {one.words}" for one in found)
@@ -283,8 +304,12 @@ def require(
     return terms
 
 
-def _named(text: str) -> Licence:
-    """The licence that a user accepts: one that nobody stated only by its own name."""
+def acceptable(text: str) -> Licence:
+    """The licence that a user accepts: one that nobody stated only by its own name.
+
+    Raises:
+        LicenceError: the text names none.
+    """
     found = find(text)
     if found is UNKNOWN and text.strip().casefold() != UNKNOWN.id:
         raise LicenceError(

@@ -106,7 +106,16 @@ def stated(provenance: Mapping[str, Any], listed: Sequence[Listed] = ()) -> list
 
     An ingredient that is `used_for` the classifier alone belongs to it, all others to the
     generator.
+
+    Raises:
+        LicenceError: `ingredients` is no list of objects: somebody edited the file.
     """
+    ingredients = provenance.get("ingredients") or []
+    if not (isinstance(ingredients, list) and all(isinstance(e, Mapping) for e in ingredients)):
+        raise LicenceError(
+            f"provenance.ingredients needs a list of objects, not {str(ingredients)[:80]!r}, so "
+            "nobody can tell what is in it; take the file as it was exported"
+        )
     own = Ingredient(
         str(provenance.get("name") or "the model"),
         str(provenance.get("licence") or ""),
@@ -114,7 +123,7 @@ def stated(provenance: Mapping[str, Any], listed: Sequence[Listed] = ()) -> list
         "weights",
     )
     found = [Stated(own, GENERATOR)]
-    for entry in provenance.get("ingredients") or ():
+    for entry in ingredients:
         component = CLASSIFIER if entry.get("used_for") == CLASSIFIER else GENERATOR
         found.append(Stated(Ingredient.of(entry), component))
     named = {(one.ingredient.name, one.ingredient.licence) for one in found}

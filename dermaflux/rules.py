@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from dermaflux.licence import USES, LicenceError, find
+from dermaflux.licence import USES, LicenceError, acceptable, find
 
 GENERATOR: Final = "generator"
 CLASSIFIER: Final = "classifier"
@@ -90,10 +90,15 @@ def _rule(file: Path, where: str, content: Any) -> Rule:
     for key, names in content.items():
         if key not in _LISTS:
             known = (*(() if where else ("use", "eu", "kinds")), *_LISTS)
-            raise LicenceError(f"{file}: {where} has {key!r}; it takes {', '.join(known)}")
+            raise LicenceError(f"{file}: {where or 'it'} has {key!r}; it takes {', '.join(known)}")
         if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
             raise LicenceError(f"{file}: {key} needs a list of licences, such as [Apache-2.0]")
-        found[key] = frozenset(find(name).id for name in names)
+        # `other` and `none` would let pass whatever nobody stated; that has a word of its own.
+        read = acceptable if key == "accept" else find
+        try:
+            found[key] = frozenset(read(name).id for name in names)
+        except LicenceError as error:
+            raise LicenceError(f"{file}: {key}: {error}") from None
     return Rule(
         accept=found.get("accept", frozenset()),
         allow=found.get("allow"),

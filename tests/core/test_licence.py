@@ -178,3 +178,23 @@ def test_a_captioner_keeps_its_sha256():
     )
     assert (found.kind, found.sha256) == ("captions", "ab")
     assert combined([found]).name_begins == "Llama"
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Apache-2.0 OR MIT", ["Apache-2.0"]),
+        ("(CC-BY-NC-4.0 or cc by 4.0)", ["CC-BY-4.0"]),
+        ("GPL-3.0-only OR MIT", ["MIT"]),
+        ("MIT and Apache-2.0", ["MIT", "Apache-2.0"]),
+        ("Apache-2.0 AND (MIT OR CC-BY-NC-4.0)", ["Apache-2.0", "MIT"]),
+        ("Apache License 2.0", ["Apache-2.0"]),
+        # Which binds first is not guessed.
+        ("MIT OR CC-BY-4.0 AND CC-BY-NC-4.0", ["MIT OR CC-BY-4.0 AND CC-BY-NC-4.0"]),
+        ("((MIT OR ISC))", ["((MIT OR ISC))"]),
+    ],
+)
+def test_expressions_of_spdx(text, ids):
+    found = Ingredient("x", text).licences
+    assert [one.id for one in found] == ids
+    assert all(one.known for one in found) == ("OR" not in ids[0])

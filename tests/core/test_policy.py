@@ -184,3 +184,19 @@ def test_the_command(tmp_path, capsys):
     assert main([str(folder), "--policy", "commercial", "--without-classifier"]) == 0
     assert main([str(folder), "--policy", "comercial"]) == 2
     assert main([str(tmp_path / "absent")]) == 2
+
+
+@pytest.mark.parametrize("ingredients", [["HAM10000"], {"name": "HAM10000"}, 5, "HAM10000"])
+def test_ingredients_that_somebody_edited_are_refused_in_words(ingredients):
+    with pytest.raises(LicenceError, match="needs a list of objects"):
+        stated({"name": "x", "licence": "MIT", "ingredients": ingredients})
+
+
+@pytest.mark.parametrize("text", ["other", "none", "''"])
+def test_what_nobody_stated_is_accepted_by_its_own_name_alone(tmp_path, text):
+    file = tmp_path / "policy.yaml"
+    file.write_text(f"accept: [{text}]")
+    with pytest.raises(LicenceError):
+        Policy.of(str(file))
+    file.write_text("accept: [unknown]")
+    assert Policy.of(str(file)).rule.accept == {"unknown"}

@@ -139,7 +139,9 @@ def peak_mb(bundle: Bundle, choice: Choice, checkpoint: Path | None, file: bytes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; the result is the last line of stdout."""
-    settings = parsed(Settings, "python -m benchmarks.classify_latency", __doc__ or "", arguments)
+    settings = parsed(
+        Settings, "python -m benchmarks.classify_latency", __doc__.split("\n\n")[0], arguments
+    )
     words = sys.argv[1:] if arguments is None else arguments
     return ended(lambda: run(settings, words))
 

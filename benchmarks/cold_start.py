@@ -237,7 +237,9 @@ def medians(starts: Sequence[Timed]) -> Timed:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; the result is the last line of stdout."""
-    settings = parsed(Settings, "python -m benchmarks.cold_start", __doc__ or "", arguments)
+    settings = parsed(
+        Settings, "python -m benchmarks.cold_start", __doc__.split("\n\n")[0], arguments
+    )
     words = sys.argv[1:] if arguments is None else arguments
     return ended(lambda: run(settings, words))
 

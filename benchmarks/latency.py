@@ -191,7 +191,7 @@ def peak_mb(variant: Variant, asked: Asked, checkpoint: Path | None, threads: in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; the result is the last line of stdout."""
-    settings = parsed(Settings, "python -m benchmarks.latency", __doc__ or "", arguments)
+    settings = parsed(Settings, "python -m benchmarks.latency", __doc__.split("\n\n")[0], arguments)
     words = sys.argv[1:] if arguments is None else arguments
     return ended(lambda: run(settings, words))
 

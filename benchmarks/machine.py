@@ -47,6 +47,8 @@ _SIDES: Final = (512, 1024, 2048)
 _CHAIN: Final = 4
 """Products in a row, so that taking values in and giving them out weighs little."""
 _LEAST: Final = 2**28
+_LONG = 0.5
+"""Seconds over which the best of a kind is looked for: on a busy machine quiet moments are rare."""
 _VARIABLES: Final = (
     "OPENBLAS_CORETYPE",
     "OMP_NUM_THREADS",
@@ -191,20 +193,22 @@ def bandwidth(rounds: int = 5) -> float:
 
 
 def _best(work: Callable[[], object], rounds: int) -> float:
+    """Seconds of the quickest call, of `rounds` or of as many as `_LONG` seconds take."""
     work()
     best = float("inf")
-    for _ in range(rounds):
+    end = time.perf_counter() + _LONG
+    while rounds > 0 or time.perf_counter() < end:
         began = time.perf_counter()
         work()
         best = min(best, time.perf_counter() - began)
+        rounds -= 1
     return best
 
 
 def _tries(precision: str, rounds: int) -> Mapping[str, float | None]:
     found: dict[str, float | None] = {}
     for side in _SIDES:
-        # As long for each side, but for the smallest.
-        few = min(8 * rounds, max(3, int(rounds * (1024 / side) ** 3)))
+        few = max(3, int(rounds * min(1, (1024 / side) ** 3)))
         operations = 2 * side**3
         if precision == "fp32":
             found[f"numpy ({blas()}), {side} x {side}"] = operations / _best(_numpy(side), few)

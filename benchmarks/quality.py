@@ -218,7 +218,7 @@ def table(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare; the result is the last line of stdout."""
-    settings = parsed(Settings, "python -m benchmarks.quality", __doc__ or "", arguments)
+    settings = parsed(Settings, "python -m benchmarks.quality", __doc__.split("\n\n")[0], arguments)
     words = sys.argv[1:] if arguments is None else arguments
     return ended(lambda: run(settings, words))
 

@@ -17,6 +17,7 @@ from dermaflux.errors import DermaFluxError
 def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_SIDES", (64,))
     monkeypatch.setattr(machine, "_LEAST", 2**22)
+    monkeypatch.setattr(machine, "_LONG", 0.0)
     monkeypatch.setattr(machine, "last_level_cache", lambda: 2**20)
 
 

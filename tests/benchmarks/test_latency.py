@@ -19,6 +19,7 @@ def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates are looked at in test_machine; here they only have to be quick."""
     monkeypatch.setattr(machine, "_SIDES", (64,))
     monkeypatch.setattr(machine, "_LEAST", 2**22)
+    monkeypatch.setattr(machine, "_LONG", 0.0)
     monkeypatch.setattr(machine, "last_level_cache", lambda: 2**20)
 
 

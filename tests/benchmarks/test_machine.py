@@ -15,6 +15,7 @@ def test_a_floor_is_the_longer_of_arithmetic_and_reading() -> None:
 
 def test_the_rate_of_fp32_is_the_best_of_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_SIDES", (64,))
+    monkeypatch.setattr(machine, "_LONG", 0.0)
     tried = machine._tries("fp32", 1)
     assert any(name.startswith("numpy") for name in tried)
     monkeypatch.setattr(machine, "_tries", lambda *_: {"slow": 1.0, "absent": None, "quick": 2.0})
@@ -56,6 +57,7 @@ def test_facts_are_read_from_the_kernel(tmp_path: Path) -> None:
 
 def test_bandwidth_reads_far_more_than_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_LEAST", 2**24)
+    monkeypatch.setattr(machine, "_LONG", 0.0)
     monkeypatch.setattr(machine, "last_level_cache", lambda: 2**22)
     # Slower than any register, faster than any disk.
     assert 1e8 < machine.bandwidth(rounds=1) < 1e13

@@ -103,7 +103,8 @@ def findings(folder: Path, now: datetime | None = None) -> list[Finding]:
     for name in _SECRET:
         mode = stat.S_IMODE((folder / name).stat().st_mode)
         if mode & 0o077:
-            words = f"{folder / name} has mode {mode:04o}; others may read it. Use: chmod 600"
+            file = folder / name
+            words = f"{file} has mode {mode:04o}; others may read it. Use: chmod 600 {file}"
             found.append(Finding(about, NOTE, words))
     return found
 

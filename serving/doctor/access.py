@@ -116,8 +116,11 @@ def signing(settings: Settings, now: datetime) -> list[Finding]:
     if isinstance(marks, Path):
         from dermaflux.marks import keys
 
-        listed = keys.findings(marks / KEYS, now)
-        found += [Finding("marks", one.state, one.words) for one in listed]
+        for one in keys.findings(marks / KEYS, now):
+            words, _, mend = one.words.partition(". Use: ")
+            if one.state == FAIL:
+                mend = f"ls -l {marks / KEYS}, and put there what is missing or has ended"
+            found.append(Finding("marks", one.state, words, mend))
     if isinstance(seal, Path) and seal.exists():
         wrong = private("audit key", seal)
         words = f"{seal} is its owner's alone; keep a copy elsewhere"

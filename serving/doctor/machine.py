@@ -29,6 +29,8 @@ DRIFT: Final = 5.0
 clock of its own, and audit lines and signatures are dated by ours."""
 LATEST: Final = 2100
 """A year that no clock should show yet."""
+APPENDED: Final = ("head.json", "lock", "torn.jsonl", "pixels.sha256")
+"""Files of the audit log and the marks that are written to as long as the service runs."""
 FILES: Final = 1024
 """Open files that a process should be allowed: a socket per caller, and 64 requests at once."""
 
@@ -64,10 +66,12 @@ def disks(settings: Settings, environment: Mapping[str, str]) -> list[Finding]:
     """Every folder that is written to: there, writable, with room."""
     home = Path(environment.get("BENTOML_HOME") or Path.home() / "bentoml")
     places = {"BENTOML_HOME": home, "temporary files": Path(tempfile.gettempdir())}
-    audit = planned(settings, "audit")
-    if isinstance(audit, Path):
-        places["audit log"] = audit
     found = []
+    for what, name in (("audit log", "audit"), ("marks", "marks")):
+        place = planned(settings, name)
+        if isinstance(place, Path):
+            places[what] = place
+            found += closed(place)
     for what, place in places.items():
         there = next(one for one in (place, *place.absolute().parents) if one.exists())
         if not there.is_dir():
@@ -90,6 +94,20 @@ def disks(settings: Settings, environment: Mapping[str, str]) -> list[Finding]:
         else:
             found.append(Finding("disk", OK, words))
     return found
+
+
+def closed(folder: Path) -> list[Finding]:
+    """Files in a folder of records that this user may not append to: a start as another user, as
+    root for one, leaves such behind."""
+    try:
+        files = [one for one in folder.iterdir() if one.is_file() and not os.access(one, os.W_OK)]
+    except OSError:
+        return []  # told of the folder
+    # Files of keys are only read, and a log's older files may be kept from everybody.
+    files = [one for one in sorted(files) if one.name in APPENDED]
+    words = "this user may not write to it, and has to"
+    mend = f"chown {os.getuid()} "
+    return [Finding("disk", FAIL, f"{one}: {words}", f"{mend}{one}") for one in files]
 
 
 def clock(made: datetime | None, now: datetime) -> list[Finding]:

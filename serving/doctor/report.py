@@ -144,6 +144,8 @@ def audit(settings: Settings, now: datetime) -> list[Finding]:
         listed = ending.files_of(folder) if folder.is_dir() else []
         known = bool(listed) or (folder / ending.HEAD).exists()
         if not known:
+            if key.exists():
+                Secrets.open(key)
             return [Finding("audit", OK, f"{folder} is begun when the service starts")]
         secrets = Secrets.open(key)
         head = ending.read_head(folder, secrets)
@@ -155,6 +157,13 @@ def audit(settings: Settings, now: datetime) -> list[Finding]:
     except (AuditError, OSError) as error:
         return [Finding("audit", FAIL, str(error), check)]
     found = []
+    if folder.resolve() in key.resolve().parents:
+        words = f"the key {key} lies in the log's own folder: who has both can write it anew"
+        mend = "mv it to another volume, and set DERMAFLUX_AUDIT_KEY"
+        found.append(Finding("audit", NOTE, words, mend))
+    if head is None and end.n:
+        words = f"{folder} has no {ending.HEAD}: lines may have been cut off its end"
+        found.append(Finding("audit", FAIL, words, f"{check} --anchors LOG_OF_THE_SERVICE"))
     if head is not None and head.n > end.n > 0:
         words = f"{folder} ends at line {end.n} and had {head.n}: it was cut off"
         found.append(Finding("audit", FAIL, words, check))

@@ -194,8 +194,12 @@ def test_keys_that_sign_and_seal(look, tmp_path):
     today = datetime.now(UTC)
     assert [state for state, _, _ in look("marks", today, marks=place)] == ["ok"]
     assert look("marks", today + timedelta(days=36_500), marks=place)[0][0] == "fail"
-    (place / "keys/key.pem").chmod(0o644)
+    file = place / "keys/key.pem"
+    file.chmod(0o644)
     assert look("marks", today, marks=place)[-1][0] == "note"
+    assert look("marks", today, marks=place)[-1][2] == f"chmod 600 {file}"
+    file.unlink()
+    assert look("marks", today, marks=place)[0][2].startswith(f"ls -l {place / 'keys'}")
 
     seal = tmp_path / "audit.key"
     assert look("audit key", audit_key=seal) == []
@@ -231,10 +235,25 @@ def test_the_audit_log(look, tmp_path):
     assert "ends at line 2 and had 4: it was cut off" in look("audit", later, **site)[0][1]
     file.write_bytes(whole.replace(b"classify", b"generate"))
     assert look("audit", later, **site)[0][0] == "fail"
+    file.write_bytes(whole)
+    head = (folder / "head.json").read_bytes()
+    (folder / "head.json").unlink()
+    assert "has no head.json" in look("audit", later, **site)[0][1]
+    (folder / "head.json").write_bytes(head)
+    inside = folder / "audit.key"
+    inside.write_bytes(key.read_bytes())
+    assert (
+        "lies in the log's own folder"
+        in look("audit", later, **{**site, "audit_key": inside})[0][1]
+    )
+    inside.unlink()
     file.unlink()
     assert "has no file of lines" in look("audit", later, **site)[0][1]
     key.unlink()
     assert look("audit", later, **site)[0][0] == "fail"
+    key.write_text("no key")
+    empty = {"audit": tmp_path / "new", "audit_key": key}
+    assert "is no key of an audit log" in look("audit", later, **empty)[0][1]
 
 
 def test_ports(look):
@@ -261,6 +280,22 @@ def test_disks(look, tmp_path, monkeypatch):
     assert state == "fail"
     assert "has 3 MB free, needs 200 MB" in words
     assert mend.startswith("make room")
+    places = {"audit": tmp_path / "audit", "marks": tmp_path / "marks"}
+    for what in ("audit log", "marks"):
+        words = [words for _, words, _ in look("disk", **places) if f"({what})" in words]
+        assert [one.endswith("needs 200 MB") for one in words] == [True]
+
+
+def test_files_that_another_user_left_are_told(look, tmp_path, monkeypatch):
+    (tmp_path / "marks/keys").mkdir(parents=True)
+    registry = tmp_path / "marks/pixels.sha256"
+    registry.touch()
+    (tmp_path / "marks/notes.txt").touch()
+    monkeypatch.setattr(machine.os, "access", lambda path, mode: False)
+    state, words, mend = look("disk", marks=tmp_path / "marks")[0]
+    assert (state, mend) == ("fail", f"chown {os.getuid()} {registry}")
+    assert str(registry) in words
+    assert not any("notes.txt" in words for _, words, _ in look("disk", marks=tmp_path / "marks"))
 
 
 def test_a_folder_that_takes_no_files(look, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def goals(seen: Seen, callers: int) -> dict[str, Any]:
     }
 
 
-def single_server_tail(load: float, count: int = 400_000, seed: int = 0) -> float:
+def single_server_tail(load: float, count: int = 200_000, seed: int = 0) -> float:
     """p99 over p50 of the time in an M/D/1 queue, by Lindley's recursion over `count` arrivals."""
     arrivals = np.array(poisson(load, count / load, seed))
     # Work ahead of each arrival: what came, less what time took, since it was last nothing.

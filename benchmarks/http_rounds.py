@@ -97,15 +97,11 @@ class Rounds:
             print(f"round {number + 1}, {name}: {rate:.2f} images/s", file=sys.stderr)
             return
         if number == 0:
-            best = None
-            for side in self._families[name]:
-                seen = Found(side)
-                await self._measure(seen, number)
-                if best is None or seen.rates[0] > best.rates[0]:
-                    best = seen
-                best.tried[side.name] = seen.rates[0]
-                best.tried |= seen.tried
-            assert best is not None, "a family has a side"
+            seen = [Found(side) for side in self._families[name]]
+            for one in seen:
+                await self._measure(one, number)
+            best = max(seen, key=lambda one: one.rates[0])
+            best.tried = {one.side.name: one.rates[0] for one in seen}
             self.found[name] = best
         else:
             await self._measure(self.found[name], number)

@@ -46,7 +46,8 @@ class Rung:
     """One row: `make` gets the number of the round.
 
     `precision` is that of the floor it is held against, `fp32`, `bf16` or `int8`; `lossy` says that
-    what it makes may differ; `before` is the rung that it adds one technique to, the one above it
+    what it makes may differ; `images` are those of one call. `before` is the rung that it adds one
+    technique to, the one above it if not given; `reference` the one that made the same, the first
     if not given; `evidence` is asked after it was measured, and says what really ran.
     """
 
@@ -56,7 +57,9 @@ class Rung:
     ours: bool = False
     precision: str = "fp32"
     lossy: bool = False
+    images: int = 1
     before: str | None = None
+    reference: str | None = None
     opened_s: float | None = None
     evidence: Callable[[], Mapping[str, Any]] = _nothing
 
@@ -74,10 +77,10 @@ class Effort:
         return max(min(LEAST_ROUNDS, self.rounds), min(self.rounds, most))
 
 
-Floors = Callable[[str], Mapping[str, Any] | None]
-"""Precision -> `{"ms": ..., "precision": ...}`: the floor of one call; None if unknown."""
+Floors = Callable[[Rung], Mapping[str, Any] | None]
+"""A rung -> `{"ms": ..., "precision": ...}`: the floor of one call of it; None if unknown."""
 Alike = Callable[[Any, Any], Mapping[str, float]]
-"""What the first and this rung made -> figures; `wrong` above 0 is that they differ too much."""
+"""What its reference and a rung made -> figures; `wrong` above 0: they differ too much."""
 
 
 @dataclass
@@ -97,9 +100,9 @@ class Ladder:
 
 
 def climb(
-    rungs: Sequence[Rung], effort: Effort, floor: Floors, alike: Alike, each: int = 1
+    rungs: Sequence[Rung], effort: Effort, floor: Floors, alike: Alike
 ) -> list[dict[str, Any]]:
-    """One row a rung, in order; `each` is how many pictures a call makes.
+    """One row a rung, in order. Ratios are of the seconds of one image.
 
     Raises:
         DermaFluxError: there is no rung; or two have one name.
@@ -113,69 +116,72 @@ def climb(
         return lambda number: made[rung.name].append(rung.make(number))
 
     sides = {rung.name: kept(rung) for rung in rungs}
-    # The first call of all is the slowest, so that its time says nothing of how many rounds fit.
-    for _ in range(2):
-        began = time.perf_counter()
-        for side in sides.values():
-            side(0)
-        one_round = time.perf_counter() - began
+    one_round = _once(sides)
+    # The first call of all is the slowest, and says little of how many rounds fit.
+    if one_round < effort.seconds / LEAST_ROUNDS:
+        one_round = _once(sides)
     rounds = effort.fits(one_round)
     told = f"{len(names)} sides, {one_round:.1f} s a round, {rounds} rounds: {', '.join(names)}"
     print(told, file=sys.stderr)
     seconds = alternate(sides, rounds, warm_up=0)
-    for name, results in made.items():
-        made[name] = results[-rounds:]
-        own = [one.seconds for one in made[name]]
-        seconds[name] = [b if a is None else a for a, b in zip(own, seconds[name], strict=True)]
-    return [
-        _row(rung, rungs[max(0, number - 1)], rungs, seconds, made, floor, alike, each)
-        for number, rung in enumerate(rungs)
-    ]
+    for rung in rungs:
+        made[rung.name] = made[rung.name][-rounds:]
+        own = [one.seconds for one in made[rung.name]]
+        seconds[rung.name] = [
+            (outside if inside is None else inside) / rung.images
+            for inside, outside in zip(own, seconds[rung.name], strict=True)
+        ]
+    rows = []
+    for number, rung in enumerate(rungs):
+        before = rung.before if rung.before in seconds else names[max(0, number - 1)]
+        reference = rung.reference if rung.reference in seconds else names[0]
+        row = _row(rung, seconds[rung.name], made[rung.name], floor(rung))
+        row |= {
+            "times_baseline": rounded(ratio(seconds[names[0]], seconds[rung.name])),
+            "before": before,
+            "times_before": rounded(ratio(seconds[before], seconds[rung.name])),
+        }
+        figures = _alike(made[reference], made[rung.name], alike)
+        wrong = bool(figures.pop("wrong", 0)) and not rung.lossy
+        rows.append({**row, "alike": figures, "wrong": wrong, "evidence": dict(rung.evidence())})
+    return rows
+
+
+def _once(sides: Mapping[str, Callable[[int], object]]) -> float:
+    began = time.perf_counter()
+    for side in sides.values():
+        side(0)
+    return time.perf_counter() - began
 
 
 def _row(
-    rung: Rung,
-    above: Rung,
-    rungs: Sequence[Rung],
-    seconds: Mapping[str, Sequence[float]],
-    made: Mapping[str, Sequence[Made]],
-    floor: Floors,
-    alike: Alike,
-    each: int,
+    rung: Rung, seconds: Sequence[float], made: Sequence[Made], floor: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    base, before = rungs[0].name, rung.before or above.name
-    before = before if before in seconds else above.name
-    own = seconds[rung.name]
+    """What a rung's own seconds say, those of one image."""
     row: dict[str, Any] = {
         "name": rung.name,
         "technique": rung.technique,
         "ours": rung.ours,
         "lossy": rung.lossy,
-        "rounds": len(own),
-        **spread(own),
-        "per_second": round(each / float(np.median(own)), 4),
-        "times_baseline": rounded(ratio(seconds[base], own)),
-        "before": before,
-        "times_before": rounded(ratio(seconds[before], own)),
-        "stages_ms": stages(made[rung.name]),
-        "alike": _alike(made[base], made[rung.name], alike),
-        "evidence": dict(rung.evidence()),
+        "images": rung.images,
+        "rounds": len(seconds),
+        **spread(seconds),
+        "per_second": round(1 / float(np.median(seconds)), 4),
+        "stages_ms": stages(made, rung.images),
     }
     if rung.opened_s is not None:
         row["opened_s"] = round(rung.opened_s, 2)
-    found = floor(rung.precision)
-    if found is not None:
-        row["floor"] = dict(found)
-        row["floor_reached"] = round(found["ms"] / row["p50_ms"], 4)
-    row["wrong"] = bool(row["alike"].pop("wrong", 0)) and not rung.lossy
+    if floor is not None:
+        row["floor"] = {**floor, "ms": round(floor["ms"] / rung.images, 4)}
+        row["floor_reached"] = round(row["floor"]["ms"] / row["p50_ms"], 4)
     return row
 
 
-def stages(made: Sequence[Made]) -> dict[str, float]:
-    """Medians in ms, of the stages that a side can tell."""
+def stages(made: Sequence[Made], images: int = 1) -> dict[str, float]:
+    """Medians in ms an image, of the stages that a side can tell."""
     names = list(dict.fromkeys(name for one in made for name in one.stages))
     return {
-        name: round(1e3 * float(np.median([one.stages.get(name, 0.0) for one in made])), 3)
+        name: round(1e3 * float(np.median([one.stages.get(name, 0.0) for one in made])) / images, 3)
         for name in names
     }
 

@@ -1,7 +1,7 @@
 """The ladder of classification: a batch of prepared pictures to logits, by everyone who can.
 
     >>> with judged(bundle, Path("runs/b16"), rates, Options(threads=2, batch=8)) as ladder:
-    ...     rows = climb(ladder.rungs, effort, ladder.floor, same_answers, each=8)
+    ...     rows = climb(ladder.rungs, effort, ladder.floor, same_answers)
 
 timm's model on torch is the baseline, then what a user would do next (bf16, torch.compile, plain
 ONNX Runtime), then ours, a precision a row. Pictures are prepared before the clock runs, and each
@@ -130,8 +130,8 @@ def theirs(
 ) -> Rung:
     """A rung that somebody else's model judges."""
     one = opened()
-    return Rung(name, technique, lambda _: Made(one.judge(pixels)), opened_s=one.opened_s,
-                evidence=one.evidence, **more)  # fmt: skip
+    return Rung(name, technique, lambda _: Made(one.judge(pixels)), images=len(pixels),
+                opened_s=one.opened_s, evidence=one.evidence, **more)  # fmt: skip
 
 
 def plain(bundle: Bundle, threads: int) -> Judge:
@@ -162,7 +162,7 @@ def ours(
 
     kind = "int8" if precision.startswith("int8") else precision
     return Rung(
-        name, technique, make, ours=True, precision=kind, opened_s=opened_s,
+        name, technique, make, ours=True, precision=kind, images=len(pixels), opened_s=opened_s,
         evidence=lambda: evidence_of({"classifier": classifier.engine})["classifier"], **more,
     )  # fmt: skip
 
@@ -177,10 +177,11 @@ def floor_of(
     weights = {name: file.bytes + sum(data.bytes for data in file.data)
                for name, file in bundle.parts["classifier"].files.items()}  # fmt: skip
 
-    def floor(precision: str) -> Mapping[str, Any]:
+    def floor(rung: Rung) -> Mapping[str, Any]:
+        precision = rung.precision
         least = limits.least(work, weights.get(precision, weights["fp32"]), precision)
         seconds = least.as_quantized if precision == "int8" else least.seconds
-        return {"ms": round(1e3 * seconds, 3), "precision": precision,
+        return {"ms": 1e3 * seconds, "precision": precision,
                 "gflop": round(work.flops / 1e9, 3)}  # fmt: skip
 
     return floor

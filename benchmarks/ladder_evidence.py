@@ -66,7 +66,10 @@ def counted(pipeline: Pipeline) -> dict[str, Counted]:
     which know each other."""
     if isinstance(pipeline.engines, InTurns):
         return {}
-    counters = {name: Counted(engine) for name, engine in pipeline.engines.items()}
+    counters = {
+        name: engine if isinstance(engine, Counted) else Counted(engine)
+        for name, engine in pipeline.engines.items()
+    }
     pipeline.engines = counters
     return counters
 

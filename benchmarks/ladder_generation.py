@@ -12,7 +12,7 @@ cannot run here is left out with a sentence. Ours are measured through the stage
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.floors import Limits, work_of
-from benchmarks.flops import weights
+from benchmarks.flops import Work, weights
 from benchmarks.ladder import Floors, Ladder, Made, Rung
 from benchmarks.ladder_evidence import counted, evidence_of
 from benchmarks.rivals import flux_optimum, flux_torch, sessions
@@ -131,31 +131,36 @@ def _ours(
     return rows
 
 
-def rival(name: str, technique: str, opened: Callable[[], Rival], task: Task, **more: Any) -> Rung:
+def rival(
+    name: str, technique: str, opened: Callable[[], Rival], task: Task, images: int = 1, **more: Any
+) -> Rung:
     """A rung that somebody else's pipeline draws."""
     one = opened()
 
     def make(number: int) -> Made:
-        drawn = one.draw(task.asked(number))
+        drawn = one.draw(task.asked(number, images))
         return Made(drawn.pixels, drawn.stages, drawn.seconds)
 
-    return Rung(name, technique, make, opened_s=one.opened_s, evidence=one.evidence, **more)
+    return Rung(
+        name, technique, make, images=images, opened_s=one.opened_s, evidence=one.evidence, **more
+    )
 
 
 def our_rung(
-    name: str, technique: str, opened: Opened, task: Task, *, ours: bool = True, **more: Any
-) -> Rung:
+    name: str, technique: str, opened: Opened, task: Task, images: int = 1, *, ours: bool = True,
+    **more: Any,
+) -> Rung:  # fmt: skip
     """A rung that our pipeline draws, stage by stage."""
     began = time.perf_counter()
     pipeline = opened()
     opened_s = time.perf_counter() - began
 
     def make(number: int) -> Made:
-        spent, pictures = draw(pipeline, requests(pipeline, task.asked(number)))
+        spent, pictures = draw(pipeline, requests(pipeline, task.asked(number, images)))
         return Made(np.stack(pictures), told(spent))
 
     counters = counted(pipeline)
-    return Rung(name, technique, make, ours=ours, opened_s=opened_s,
+    return Rung(name, technique, make, ours=ours, images=images, opened_s=opened_s,
                 evidence=lambda: evidence_of(counters), **more)  # fmt: skip
 
 
@@ -210,33 +215,29 @@ def told(spent: Spent) -> dict[str, float]:
     return {"text": text, **{name: spent.seconds[name] for name in ("denoise", "decode", "png")}}
 
 
-def floor_of(bundle: Bundle, task: Task, limits: Limits, images: int = 1) -> Floors:
-    """Precision -> the floor of a call that draws `images` pictures.
+def floor_of(bundle: Bundle, task: Task, limits: Limits) -> Floors:
+    """The floor of a call in the rung's precision, for the pictures that it draws.
 
     int8 is the transformer's; the other parts are in floating point whatever it is in.
     """
-    work = work_of(bundle, GENERATOR_PARTS, images, task.height, task.width)
     calls = {"transformer": task.steps}
+    counted: dict[int, dict[str, Work]] = {}
 
-    def floor(precision: str) -> Mapping[str, Any] | None:
-        if set(work) != set(GENERATOR_PARTS):
+    def floor(rung: Rung) -> Mapping[str, Any] | None:
+        images, precision = rung.images, rung.precision
+        if images not in counted:
+            counted[images] = work_of(bundle, GENERATOR_PARTS, images, task.height, task.width)
+        if set(counted[images]) != set(GENERATOR_PARTS):
             return None
-        seconds = 0.0
-        for part, one in work.items():
+        seconds = flops = 0.0
+        for part, one in counted[images].items():
             kind = "fp32" if precision == "int8" and part != "transformer" else precision
             files = bundle.parts[part].files
             size = weights(bundle, part, kind if kind in files else next(iter(files)))
             least = limits.least(one, size, kind)
-            seconds += calls.get(part, 1) * (
-                least.as_quantized if kind == "int8" else least.seconds
-            )
-        flops = sum(calls.get(part, 1) * one.flops for part, one in work.items())
-        return {"ms": round(1e3 * seconds, 3), "precision": precision,
-                "gflop": round(flops / 1e9, 3)}  # fmt: skip
+            each = least.as_quantized if kind == "int8" else least.seconds
+            seconds += calls.get(part, 1) * each
+            flops += calls.get(part, 1) * one.flops
+        return {"ms": 1e3 * seconds, "precision": precision, "gflop": round(flops / 1e9, 3)}
 
     return floor
-
-
-def row_of(rows: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any] | None:
-    """The row of a name, if it was measured."""
-    return next((row for row in rows if row["name"] == name), None)

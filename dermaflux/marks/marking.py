@@ -115,6 +115,17 @@ class Marker:
         self.registry.add(*dict.fromkeys((drawn, seen)))
         return Marked(signed, drawn, seen, psnr)
 
+    def sign(self, data: bytes, record: Mapping[str, str], drawn: str) -> bytes:
+        """A PNG whose pixels are those that were drawn, `drawn` being their hash, with a manifest.
+
+        It is for who writes many files: nothing is registered (`registry.add` takes many hashes at
+        once) and no pixel is touched, so that one may be trained on them (docs/provenance.md).
+
+        Raises:
+            MarksError: the certificate has expired.
+        """
+        return self._credentials.sign(data, "png", self._signed(record, drawn, None))
+
     def verify(self, data: bytes, *, crops: bool = True) -> Verdict:
         """What holds of any picture; see `dermaflux.marks.verify`."""
         return verify(

@@ -10,6 +10,7 @@ import pytest
 from dermaflux.engines.fake import Fake
 from dermaflux.errors import Cancelled, EngineError
 from dermaflux.images import read_marks
+from dermaflux.marks import Marker
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import Lesion
 from serving.batch.deaths import Deaths
@@ -54,7 +55,7 @@ class Picky:
 
 def run(
     pipeline: Pipeline, path: Path, wanted: list[Item], *, gate=None, attempts: int = 1,
-    batch: int | None = None, share: str = "1-of-1", **more,
+    batch: int | None = None, share: str = "1-of-1", marker: Marker | None = None, **more,
 ) -> tuple[Count, Ledger]:  # fmt: skip
     folder = Folder(path, share)
     folder.prepare(replace(JOB, attempts=attempts))
@@ -67,8 +68,8 @@ def run(
             if (number := before.next_attempt(item.name, attempts)) is not None
         ]
         count = work(
-            Maker(pipeline, gate, {"engine": "fake"}), Store(folder, journal), left, batch=batch,
-            attempts=attempts, seed=0, **more,
+            Maker(pipeline, gate, {"engine": "fake"}), Store(folder, journal, marker), left,
+            batch=batch, attempts=attempts, seed=0, **more,
         )  # fmt: skip
     return count, read(folder.machinery)
 

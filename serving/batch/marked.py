@@ -26,8 +26,8 @@ PREFIX: Final = "dermaflux."
 
 
 def opened(folder: Path | None, bundle: str, environment: Mapping[str, str]) -> Marker | None:
-    """What signs pictures of the bundle of this id, where a folder of marks is named, if only in the
-    environment; it is made if it is not there.
+    """What signs pictures of the bundle of this id, where a folder of marks is named, if only in
+    the environment; it is made if it is not there.
 
     Raises:
         MarksError, RegistryError: its keys do not do, or it takes no files.

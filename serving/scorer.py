@@ -1,18 +1,16 @@
 """The classifier's service: a process of its own, so that it never waits for a generation.
 
-BentoML's adaptive batching puts photographs of many callers together while a batch is being scored.
-Everything that is a photograph's own comes back as its own result (`serving.scoring`); an
-exception here would be that of the whole batch. Where BentoML is not as one would think:
+`serving.scores` puts photographs of many callers together; a call here is a batch. Everything that
+is a photograph's own comes back as its own result (`serving.scoring`); an exception here would be
+that of the whole batch. Where BentoML is not as one would think:
 
-* `max_latency_ms` is when BentoML gives a request up with a 503, not how long it waits for a batch
-  to fill. The app has a deadline and a bound of its own, so here it is out of reach.
 * Its client closes all of its connections after 100 calls, with the calls that are on them: at 50
   callers a third of them got no answer. `runner_connection` turns that off.
 * Its timeout keeps a timer of every request until it would have fired, and leaves the work running.
 * Between its processes it carries pickles. They go through a Unix socket in a folder of this user
   alone; where BentoML would take TCP instead, the service does not start.
 
-With that, 200 callers at a time were answered without a 503, in batches of up to 16.
+With that, 200 callers at a time were answered without a 503.
 """
 
 from __future__ import annotations
@@ -22,9 +20,11 @@ import os
 import platform
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import bentoml
+from bentoml.validators import ContentType
 from PIL import Image
 
 from dermaflux.bundle import Bundle
@@ -38,15 +38,18 @@ from serving.settings import Settings
 from serving.sources import find_bundle
 
 if TYPE_CHECKING:
+    from prometheus_client import Histogram
     from starlette.applications import Starlette
     from starlette.types import ASGIApp
 
-BATCH = 16
-"""Photographs of a batch at most. More gain nothing (the classifier cuts batches to what its
-bundle says, 8 by default), and make those that come in the middle wait longer."""
+SIZES = (1, 2, 4, 8, 16, 32)
+"""Upper bounds of what is counted of batches."""
 ENVIRONMENT = [{"name": "MALLOC_MMAP_THRESHOLD_", "value": str(2**20)}]
 """Bytes from which glibc maps blocks one by one. Left alone it keeps up to 32 MB of each freed
 picture in a heap that falls to pieces: 1.4 GB after some of 38 million pixels, 0.3 GB with this."""
+PICKLE = "application/vnd.bentoml+pickle"
+"""What BentoML's processes say to each other. Said here, since where nothing is said BentoML makes
+the JSON schema of the results anew for every reply, to read from it what they are: 5 ms each."""
 NEVER = 10**9
 """Seconds, and milliseconds: some bound has to be given."""
 
@@ -92,14 +95,17 @@ class Scorer:
 
         finish_before_exit(lambda: None, alone, seconds=self.settings.deadline_seconds + 30)
 
-    @bentoml.api(batchable=True, max_batch_size=BATCH, max_latency_ms=NEVER)  # type: ignore[untyped-decorator]
-    def score(self, photographs: list[Photograph]) -> list[Result]:
+    @bentoml.api  # type: ignore[untyped-decorator]
+    async def score(
+        self, photographs: list[Photograph]
+    ) -> Annotated[list[Result], ContentType(PICKLE)]:
         """A result per photograph, in order."""
         trouble = trouble_of(self.opening)
         if trouble is not None:
             fault = Fault(kind="failed", message=trouble.words)
             return [Result(fault=fault) for _ in photographs]
-        return self.opening.result()(photographs)
+        self._sizes.labels("score").observe(len(photographs))
+        return await asyncio.to_thread(self.opening.result(), photographs)
 
     @bentoml.api  # type: ignore[untyped-decorator]
     async def life(self) -> AsyncGenerator[str, None]:
@@ -111,8 +117,25 @@ class Scorer:
             await asyncio.wait({opening})
             opening.exception()  # told below; asyncio would log that nobody asked for it
             trouble = trouble_of(self.opening)
-            yield (READY if trouble is None else " ".join(trouble.words.splitlines())) + "\n"
+            if trouble is None:
+                yield f"{READY} {opening.result().batch}\n"
+            else:
+                yield " ".join(trouble.words.splitlines()) + "\n"
             await self._over.wait()
+
+    @cached_property
+    def _sizes(self) -> Histogram:
+        """What BentoML counts where it makes the batches, under its name: dashboards know it."""
+        # Not before it is asked for: prometheus_client has to see the folder that BentoML names in
+        # this process's environment.
+        from prometheus_client import Histogram
+
+        return Histogram(
+            "bentoml_service_adaptive_batch_size",
+            "Photographs that were scored together.",
+            ["method_name"],
+            buckets=SIZES,
+        )
 
     @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
@@ -139,9 +162,9 @@ def opened(settings: Settings) -> Scoring:
     }
     classifier = Classifier.open(bundle, **forced)
     _, height, width = classifier.spec.input_size
-    for count in (1, min(BATCH, bundle.limits.max_batch)):
+    for count in (1, bundle.limits.max_batch):
         classifier.classify([Image.new("RGB", (width, height))] * count)
-    return Scoring(classifier)
+    return Scoring(classifier, bundle.limits.max_batch)
 
 
 def refuse_pickle_over_tcp() -> None:

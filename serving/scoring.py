@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 READERS = 4
 """Threads that unpack files at most; fewer on fewer cores."""
+
+BATCH = 8
+"""Photographs that are best scored together where nothing else is said; a bundle says it."""
 
 Kind = Literal["invalid_image", "unsuitable_image", "no_saliency", "deadline", "failed"]
 
@@ -89,23 +93,27 @@ class _Read:
 
 
 class Scoring:
-    """A classifier over batches of files. One call at a time uses the machine best."""
+    """A classifier over batches of files, best of `batch`. One at a time is judged, which uses the
+    machine best; the files of another call are read meanwhile."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, batch: int = BATCH) -> None:
         self.classifier = classifier
+        self.batch = batch
+        self._turn = threading.Lock()
         self._readers = ThreadPoolExecutor(min(READERS, usable_cores()), "read_image")
 
     def __call__(self, photographs: Sequence[Photograph]) -> list[Result]:
         """A result per photograph, in order; raises nothing that has to do with one of them."""
         items = list(self._readers.map(self._read, photographs))
-        begin = time.monotonic()
         asked = [
             (number, item.prepared)
             for number, item in enumerate(items)
             if item.prepared is not None
         ]
-        judged = self._judge([prepared for _, prepared in asked])
-        seconds = time.monotonic() - begin
+        with self._turn:
+            begin = time.monotonic()
+            judged = self._judge([prepared for _, prepared in asked])
+            seconds = time.monotonic() - begin
         for (number, _), one in zip(asked, judged, strict=True):
             item, photograph = items[number], photographs[number]
             item.result.score_seconds = seconds

@@ -6,10 +6,12 @@ import asyncio
 import io
 import logging
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +148,15 @@ class Lost(Exception):
     """A connection broke."""
 
 
+def answered(one: Photograph) -> Result:
+    """Its label is what the file holds, so an answer tells whose it is."""
+    answer = Answer(
+        label=one.data.decode(), probability=0.1, threshold=0.4, decision="benign", accepted=True,
+        reasons=[],
+    )  # fmt: skip
+    return Result(answer=answer)
+
+
 @dataclass
 class Process:
     """The other process as its client shows it: `lines` are said one after the other, each when it
@@ -156,9 +167,16 @@ class Process:
     hangs: bool = False
     calls: int = 0
     lives: int = 0
+    sizes: list[int] = field(default_factory=list)
+    turn: asyncio.Semaphore | None = None
+    """Each call that is answered takes one; without, all are answered at once."""
 
     async def score(self, photographs: Sequence[Photograph]) -> list[Result]:
         self.calls += 1
+        self.sizes.append(len(photographs))
+        if self.turn is not None:
+            await self.turn.acquire()
+            return [answered(one) for one in photographs]
         if self.losing:
             self.losing -= 1
             raise Lost
@@ -206,6 +224,110 @@ def test_the_other_process_is_followed_through_its_lives(monkeypatch: pytest.Mon
         following.cancel()
 
     asyncio.run(lives())
+
+
+def test_who_comes_meanwhile_goes_together_and_nobody_waits_for_a_batch_to_fill() -> None:
+    """A full batch goes beside the one that is scored, and what is less waits for its end."""
+
+    async def asked() -> None:
+        process = Process(turn=asyncio.Semaphore(0))
+        assert process.turn is not None
+        remote = Remote(process, (Lost,))
+        following = asyncio.create_task(remote.follow())
+        process.lines.put_nowait("loading\nready 4\n")
+        await turns()
+
+        def come(*names: int) -> list[asyncio.Task[Result]]:
+            files = [Photograph(data=str(name).encode()) for name in names]
+            return [asyncio.create_task(remote.score(file)) for file in files]
+
+        coming = come(0)
+        await turns()
+        assert process.sizes == [1]
+        coming += come(1, 2, 3)
+        await turns()
+        assert process.sizes == [1]
+        coming += come(4, 5, 6, 7, 8, 9)
+        await turns()
+        assert process.sizes == [1, 4]
+        process.turn.release()
+        await turns()
+        assert process.sizes == [1, 4, 4]
+        process.turn.release()
+        await turns()
+        assert process.sizes == [1, 4, 4]
+        process.turn.release()
+        await turns()
+        assert process.sizes == [1, 4, 4, 1]
+        process.turn.release()
+        found = await asyncio.gather(*coming)
+        assert [one.answer.label for one in found if one.answer] == [str(n) for n in range(10)]
+        following.cancel()
+
+    asyncio.run(asked())
+
+
+def test_a_call_whose_callers_have_all_left_holds_up_nobody() -> None:
+    async def leave() -> None:
+        process = Process(turn=asyncio.Semaphore(0))
+        assert process.turn is not None
+        remote = Remote(process, (Lost,))
+        following = asyncio.create_task(remote.follow())
+        process.lines.put_nowait("ready 4\n")
+        await turns()
+        names = [str(number).encode() for number in range(7)]
+        coming = [asyncio.create_task(remote.score(Photograph(data=name))) for name in names]
+        await turns()
+        assert process.sizes == [1, 4]
+        for one in (coming[0], coming[2], coming[5]):  # all of the first, some of others
+            one.cancel()
+        await turns()
+        assert process.sizes == [1, 4]
+        process.turn.release(), process.turn.release()
+        found = await asyncio.gather(*coming, return_exceptions=True)
+        labels = [one.answer.label for one in found if isinstance(one, Result) and one.answer]
+        assert labels == ["1", "3", "4", "6"]
+        assert process.sizes == [1, 4, 1]
+        following.cancel()
+
+    asyncio.run(leave())
+
+
+def test_files_of_the_next_batch_are_read_while_one_is_judged() -> None:
+    """And never two are judged at a time."""
+    judging, go = threading.Semaphore(0), threading.Semaphore(0)
+    at_once: list[int] = []
+    inside = 0
+
+    def slow(inputs: Arrays) -> dict[str, Array]:
+        nonlocal inside
+        inside += 1
+        at_once.append(inside)
+        judging.release()
+        assert go.acquire(timeout=30)
+        inside -= 1
+        return redness(inputs)
+
+    read: list[int] = []
+    judge = Scoring(Classifier(SPEC, fake.Fake(slow)))
+    prepare, ready = judge.classifier.prepare, threading.Semaphore(0)
+
+    def noted(image: Image.Image) -> Any:
+        read.append(1)
+        ready.release()
+        return prepare(image)
+
+    judge.classifier.prepare = noted  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(judge, [photograph(100)])
+        assert judging.acquire(timeout=30)
+        second = pool.submit(judge, [photograph(90)])
+        for _ in range(2):
+            assert ready.acquire(timeout=30)
+        assert len(read) == 2
+        go.release(2)
+        assert [red_of(one) for work in (first, second) for one in work.result(30)] == [100, 90]
+    assert at_once == [1, 1]
 
 
 def test_whoever_waits_for_a_process_that_dies_is_told_at_once(

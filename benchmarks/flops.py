@@ -67,12 +67,10 @@ def graph(path: Path, shapes: Mapping[str, Sequence[int]]) -> Work:
     Raises:
         EngineError: OpenVINO cannot read the file, or it does not take these shapes.
     """
-    # The engine's module first: it leaves out OpenVINO's converter, which is slow to import.
-    import dermaflux.engines.ov  # noqa: F401, I001
-    import openvino
+    from dermaflux.engines.ov import core
 
     with translated(EngineError, f"OpenVINO cannot count the work of {path}"):
-        model = openvino.Core().read_model(str(path))
+        model = core().read_model(str(path))
         model.reshape({name: list(shape) for name, shape in shapes.items()})
         linear = attention = 0
         # Weights may be transposed or unpacked first: whatever comes from constants alone is one.

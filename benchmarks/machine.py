@@ -250,6 +250,8 @@ def _openvino(side: int, precision: str) -> Callable[[], object] | None:
     import openvino as ov
     from openvino import opset13 as op
 
+    from dermaflux.engines.ov import core
+
     random = np.random.default_rng(0)
     weights = (random.random((side, side), dtype=np.float32) - 0.5) / np.float32(side**0.5)
     given = op.parameter([side, side], np.float32)
@@ -265,11 +267,10 @@ def _openvino(side: int, precision: str) -> Callable[[], object] | None:
                 op.constant(eighth),
             )
         value = op.matmul(value, matrix, False, True)
-    core = ov.Core()
     kind = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}[precision]
     settings = {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": str(usable_cores()),
                 "PERFORMANCE_HINT": "LATENCY"}  # fmt: skip
-    compiled = core.compile_model(ov.Model([value], [given]), "CPU", settings)
+    compiled = core().compile_model(ov.Model([value], [given]), "CPU", settings)
     wanted = {"fp32": ("f32",), "int8": ("i8", "u8"), "bf16": ("bf16",)}[precision]
     ran = [
         node.get_rt_info()["runtimePrecision"].astype(str)

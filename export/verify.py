@@ -185,14 +185,12 @@ def operations(graph: Path, names: Sequence[str]) -> dict[str, dict[str, dict[st
 
 
 def _openvino_operations(graph: Path) -> dict[str, Counter[str]]:
-    import openvino
-
+    from dermaflux.engines.ov import core
     from dermaflux.engines.ov_graph import read
 
-    core = openvino.Core()
     # The same settings as the engine's: another hint would compile to another precision.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "CACHE_DIR": ""}
-    compiled = core.compile_model(read(core, graph), "CPU", settings)
+    compiled = core().compile_model(read(core(), graph), "CPU", settings)
     counts: dict[str, Counter[str]] = {}
     for operation in compiled.get_runtime_model().get_ops():
         details: Any = operation.get_rt_info()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -60,11 +61,28 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 log = logging.getLogger(__name__)
 
+_making = threading.Lock()
+_cores: Final[list[Any]] = []
+
 LOW: Final = ("int8", "int8-pruned", "bf16")
 """Precisions of a classifier that a CPU may compute in bf16 what is not in 8 bits."""
 _TOLERANCE: Final = 0.1
 """Share of the largest output by which bf16 may be off where the bundle does not tell: the export's
 bound for bf16 (`export.parity`)."""
+
+
+def core() -> Any:
+    """The process's one `openvino.Core`, which is never let go.
+
+    The plugin of each core gives the thread that first uses it a stack for signals, and takes it
+    away at its own end. Of two cores that end in the order of their making, or of one that ends in
+    another thread, a thread keeps a stack that is no more, and the next signal for which Python has
+    a handler (SIGTERM, Ctrl-C) ends the process with a segmentation fault.
+    """
+    with _making:
+        if not _cores:
+            _cores.append(openvino.Core())
+        return _cores[0]
 
 
 class OpenVinoEngine:
@@ -109,17 +127,16 @@ class OpenVinoEngine:
                 "ENABLE_CPU_PINNING": "NO",
             }
         with translated(EngineError, f"OpenVINO cannot open {graph}"):
-            core = openvino.Core()
             # Without it a CPU with bf16 computes everything in bf16, and nobody is told.
             self.computes = computes(device, precision)
             """OpenVINO's name of the numbers it computes in."""
             settings["INFERENCE_PRECISION_HINT"] = self.computes
-            model = read(core, graph, outputs, device)
+            model = read(core(), graph, outputs, device)
             if shapes is not None:
                 model.reshape({key: list(shape) for key, shape in shapes.items()})
-            self._model = core.compile_model(model, device, settings)
-            if bf16 is not None and device == "CPU" and has_bf16(core):
-                lower = core.compile_model(
+            self._model = core().compile_model(model, device, settings)
+            if bf16 is not None and device == "CPU" and has_bf16():
+                lower = core().compile_model(
                     model, device, {**settings, "INFERENCE_PRECISION_HINT": "bf16"}
                 )
                 off = _difference(self._model, lower)
@@ -190,9 +207,9 @@ def computes(device: str, precision: str) -> str:
     return "f32" if device == "CPU" or precision == "fp32" else "f16"
 
 
-def has_bf16(core: Any) -> bool:
+def has_bf16() -> bool:
     """Whether the processor has instructions for bf16, and does not only know the numbers."""
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _difference(model: Any, other: Any) -> float:

@@ -10,7 +10,7 @@ layers are read as unsigned here, in equal steps, 127 standing for nought: -128 
 measured range never asks for, become -127, and there is one more above. Sums of integers are
 exact; what differs is the rounding of what lies between two steps.
 
-    >>> model = read(openvino.Core(), Path("model_int8.onnx"), outputs=("logits",))
+    >>> model = read(core(), Path("model_int8.onnx"), outputs=("logits",))
     >>> unsigned(model)
     48
 """

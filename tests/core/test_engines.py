@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -257,7 +259,7 @@ def test_openvino_is_told_what_to_compute_in(
     from dermaflux.engines import Choice, ov
 
     core = Core()
-    monkeypatch.setattr(ov.openvino, "Core", lambda: core)
+    monkeypatch.setattr(ov, "core", lambda: core)
     part = tiny_bundle.parts["transformer"]
     files = {precision: part.files["fp32"]}
     parts = {**tiny_bundle.parts, "transformer": replace(part, files=files)}
@@ -269,6 +271,36 @@ def test_openvino_is_told_what_to_compute_in(
     fixed = {"hidden_states": [1, 16, 16], "timestep": [1]} if device == "NPU" else {}
     assert {name: core.shapes[name] for name in fixed} == fixed
     assert bool(core.shapes) == bool(fixed)
+
+
+_SIGNALLED = """
+import gc, signal, sys, threading
+from pathlib import Path
+from dermaflux.engines.ov import OpenVinoEngine
+
+got = []
+signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+engines = [OpenVinoEngine(Path(sys.argv[1]), "fp32", threads=1) for _ in range(3)]
+if sys.argv[2] == "elsewhere":
+    ending = threading.Thread(target=engines.clear)
+    ending.start()
+    ending.join()
+while engines:
+    del engines[0]
+gc.collect()
+signal.raise_signal(signal.SIGTERM)
+assert got == [signal.SIGTERM]
+"""
+
+
+@pytest.mark.parametrize("where", ["in their order", "elsewhere"])
+def test_signals_are_handled_after_engines_have_ended(tiny_bundle: Bundle, where: str) -> None:
+    graph = tiny_bundle.path / tiny_bundle.parts["transformer"].files["fp32"].path
+    # In a process of its own, since where it fails, that ends without a word.
+    done = subprocess.run(
+        [sys.executable, "-c", _SIGNALLED, str(graph), where], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_npu_is_never_chosen_by_itself(tiny_bundle):

@@ -61,18 +61,18 @@ def expected(file: Path, x: np.ndarray) -> np.ndarray:
 
 def test_unsigned_bytes_are_the_same_numbers(tmp_path):
     file = graph(tmp_path)
-    model = ov.openvino.Core().read_model(str(file))
+    model = ov.core().read_model(str(file))
     assert unsigned(model) == 1
     assert unsigned(model) == 0
     x = noise(3, (5, 8)).astype(np.float32)
-    found = ov.openvino.Core().compile_model(model, "CPU")({"x": x})["y"]
+    found = ov.core().compile_model(model, "CPU")({"x": x})["y"]
     assert np.abs(found - expected(file, x)).max() < 1e-4
     engine = OpenVinoEngine(file, "int8").run({"x": x})
     assert np.abs(engine["y"] - found).max() < 1e-4
 
 
 def test_bytes_that_others_read_stay_as_they_are(tmp_path):
-    model = ov.openvino.Core().read_model(str(graph(tmp_path, other=True)))
+    model = ov.core().read_model(str(graph(tmp_path, other=True)))
     assert unsigned(model) == 0
 
 
@@ -84,7 +84,7 @@ def test_outputs_that_are_not_asked_for_are_not_computed(tmp_path):
     assert list(whole) == ["y", "more"]
     assert list(lean) == ["y"]
     assert np.array_equal(lean["y"], whole["y"])
-    kinds = {op.get_type_name() for op in read(ov.openvino.Core(), file, ("y",)).get_ops()}
+    kinds = {op.get_type_name() for op in read(ov.core(), file, ("y",)).get_ops()}
     assert "MatMul" in kinds
     assert "Relu" not in kinds
 
@@ -93,7 +93,7 @@ class Able:
     """OpenVINO's core on a processor with bf16; what it compiles for bf16 is off by a share."""
 
     def __init__(self, off: float) -> None:
-        self.core = ov.openvino.Core()
+        self.core = ov.core()
         self.off = off
         self.hints: list[str] = []
 
@@ -137,7 +137,7 @@ def test_a_classifier_is_in_bf16_where_that_is_near(
     tiny_bundle, monkeypatch, caplog, part, precision, off, computes
 ):
     core = Able(off)
-    monkeypatch.setattr(ov.openvino, "Core", lambda: core)
+    monkeypatch.setattr(ov, "core", lambda: core)
     file = replace(tiny_bundle.parts[part].files["fp32"], parity=None)
     parts = {part: replace(tiny_bundle.parts[part], files={precision: file})}
     with caplog.at_level(logging.INFO, "dermaflux.engines.ov"):
@@ -151,4 +151,4 @@ def test_a_classifier_is_in_bf16_where_that_is_near(
 
 def test_this_processor_is_asked(tiny_bundle):
     made = ov.load(tiny_bundle, Choice("classifier", OPENVINO, "int8", ""))
-    assert (made.note != "") == ov.has_bf16(ov.openvino.Core())
+    assert (made.note != "") == ov.has_bf16()

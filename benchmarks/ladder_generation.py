@@ -41,19 +41,19 @@ from dermaflux.texts import Texts
 SAME_DB: Final = 30.0
 """Under it a side has drawn another picture, and its time means nothing."""
 EAGER: Final = "diffusers eager fp32"
+_TIERS: Final = {"cached": "steps that are foreseen are not computed (labelled in the picture)"}
 _TEXT: Final = ("tokenize", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
 class Options:
-    """`rounds` at most; rivals of the names in `without` are left out; `known` is the name of the
-    rung whose texts are known already."""
+    """`rounds` at most; rivals of the names in `without` are left out; `tiers` are those that have
+    a row beside lossless (fp32 on a CPU) and int8, which have one anyhow."""
 
     threads: int
     rounds: int = 30
     without: tuple[str, ...] = ()
-    tiers: tuple[str, ...] = ()
-    known: str = "openvino int8, text known"
+    tiers: tuple[str, ...] = ("cached",)
 
 
 def alike(base: NDArray[np.uint8], own: NDArray[np.uint8]) -> dict[str, float]:
@@ -73,7 +73,7 @@ def generation(
     Raises:
         EngineError: diffusers cannot open the checkpoint: there is no baseline.
     """
-    threads, known = options.threads, options.known
+    threads = options.threads
     base = flux_torch.eager(checkpoint, threads)
     first = rival(EAGER, "what a user has: FluxPipeline as it comes", lambda: base, task)
     ladder = Ladder([first], floor_of(bundle, task, limits))
@@ -95,7 +95,16 @@ def generation(
                 ladder.left_out[name] = "left out, as asked: it takes minutes to begin"
         for name, technique, ours, more in _ours(bundle, checkpoint, options):
             ladder.add(name, partial(our_rung, name, technique, ours, task, **more))
-        ladder.add(known, partial(text_known, known, bundle, task, options))
+        opened_as: dict[str, dict[str, Any]] = {
+            "openvino int8": {"engine": OPENVINO, "precision": "int8"},
+            **{f"tier {tier}": {"tier": tier} for tier in options.tiers},
+        }
+        for before, chosen in opened_as.items():
+            ladder.add(f"{before}, text known", partial(
+                text_known, f"{before}, text known", before, task, options.rounds,
+                partial(Pipeline.open, bundle, threads=threads, **chosen),
+                lossy="tier" in chosen,
+            ))  # fmt: skip
         yield ladder
 
 
@@ -115,19 +124,16 @@ def _ours(
          partial(Pipeline.from_checkpoint, checkpoint, threads=threads), {"before": EAGER}),
         ("onnxruntime fp32", "our session: no spinning threads, the same bits every time",
          partial(opened, engine=ORT, precision="fp32"), {"before": "plain onnxruntime fp32"}),
-        ("openvino fp32", "OpenVINO instead; what stays the same over steps is bound once",
+        ("openvino fp32", "OpenVINO; what stays the same is bound once (tier lossless)",
          partial(opened, engine=OPENVINO, precision="fp32"), {"before": "plain onnxruntime fp32"}),
-        ("openvino int8", "products in 8 bits, smoothed and calibrated",
+        ("openvino int8", "products in 8 bits, smoothed and calibrated (tier int8)",
          partial(opened, engine=OPENVINO, precision="int8"),
          {"before": "openvino fp32", "precision": "int8"}),
     ]  # fmt: skip
-    before = EAGER
     for tier in options.tiers:
-        name = f"tier {tier}"
-        more = {"precision": "fp32" if tier == "lossless" else "int8", "lossy": tier == "cached"}
-        rows.append((name, f"what --tier {tier} chooses on this machine",
-                     partial(opened, **{"tier": tier}), {**more, "before": before}))  # fmt: skip
-        before = name
+        rows.append((f"tier {tier}", _TIERS.get(tier, "what it chooses on this machine"),
+                     partial(opened, tier=tier),
+                     {"precision": "int8", "lossy": True, "before": "openvino int8"}))  # fmt: skip
     return rows
 
 
@@ -164,11 +170,13 @@ def our_rung(
                 evidence=lambda: evidence_of(counters), **more)  # fmt: skip
 
 
-def text_known(name: str, bundle: Bundle, task: Task, options: Options) -> Rung:
-    """8-bit graphs on texts that were encoded before, as the service and the batch keep them."""
-    pipeline = Pipeline.open(bundle, engine=OPENVINO, precision="int8", threads=options.threads)
+def text_known(
+    name: str, before: str, task: Task, rounds: int, opened: Opened, lossy: bool = False
+) -> Rung:
+    """On texts that were encoded before, as the service and the batch generator keep them."""
+    pipeline = opened()
     texts = Texts(pipeline)
-    for number in range(options.rounds):
+    for number in range(rounds):
         texts.of(task.asked(number).prompts)
     counters = counted(pipeline)
 
@@ -196,7 +204,7 @@ def text_known(name: str, bundle: Bundle, task: Task, options: Options) -> Rung:
         )
 
     return Rung(name, "its prompt is not new: both encoders are skipped", make, ours=True,
-                precision="int8", before="openvino int8",
+                precision="int8", lossy=lossy, before=before,
                 evidence=lambda: evidence_of(counters))  # fmt: skip
 
 

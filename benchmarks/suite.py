@@ -129,7 +129,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         result["goals"] = goals_of(result["sections"])
         result["took_s"] = round(time.perf_counter() - began, 1)
         if settings.out is not None:
-            keep(result, settings.out)
+            keep("suite", result, settings.out)
     for goal in result["goals"]:
         print(
             f"{goal['goal']}: {goal['value']} {'met' if goal['met'] else 'MISSED'}", file=sys.stderr
@@ -197,10 +197,10 @@ def architecture(checkpoint: Path) -> str:
         ) from error
 
 
-def keep(result: Mapping[str, Any], out: Path) -> None:
+def keep(name: str, result: Mapping[str, Any], out: Path) -> None:
     """What is there so far, `unfinished` until the run ends."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"benchmark": "suite", "unfinished": True, **result}
+    whole = {"benchmark": name, "unfinished": True, **result}
     files.write(out, (json.dumps(whole, indent=2) + "\n").encode())
 
 

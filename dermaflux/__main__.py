@@ -37,6 +37,7 @@ from dermaflux.flow import MAX_SEED
 from dermaflux.images import decode_upload, encode_png
 from dermaflux.pipeline import Pipeline, Progress, Request
 from dermaflux.prompt import VOCABULARY, Lesion, caption
+from dermaflux.tiers import TIERS, Tier, tier
 
 BUNDLE: Final = Path("bundles/mini")
 PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp")
@@ -94,18 +95,21 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
             raise RequestError("--residency", "needs --bundle, whose sizes are planned with")
         return Pipeline.from_checkpoint(
             options.checkpoint,
-            precision=options.precision or "fp32",
+            precision=options.precision,
             device=options.device or "cpu",
             compile=options.compile,
             threads=options.threads,
+            tier=options.tier,
         )
-    bundle = _bundle(options, GENERATOR_PARTS)
+    chosen = None if options.tier is None else tier(options.tier)
+    bundle = _bundle(options, GENERATOR_PARTS, chosen)
     if options.checkpoint is not None:
         _check_is_of(bundle, options.checkpoint)
     return Pipeline.open(
         bundle,
         engine=options.engine,
         precision=options.precision,
+        tier=options.tier,
         checkpoint=options.checkpoint,
         threads=options.threads,
         device=options.device,
@@ -163,7 +167,7 @@ def doctor(options: argparse.Namespace) -> int:
     return 0 if report.healthy else 1
 
 
-def _bundle(options: argparse.Namespace, parts: Sequence[str]) -> Bundle:
+def _bundle(options: argparse.Namespace, parts: Sequence[str], tier: Tier | None = None) -> Bundle:
     """The bundle, after comparing the files of it that will run."""
     if options.engine == EAGER and options.checkpoint is None:
         raise RequestError(
@@ -176,7 +180,7 @@ def _bundle(options: argparse.Namespace, parts: Sequence[str]) -> Bundle:
     bundle = Bundle.open(folder)
     if options.verify and options.engine != EAGER:
         choices = [
-            choose(bundle, part, options.engine, options.precision)
+            choose(bundle, part, options.engine, options.precision, tier=tier)
             for part in parts
             if part in bundle.parts
         ]
@@ -235,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--threads", type=_positive, help="default: all cores that may be used")
 
     drawing = commands.add_parser("generate", parents=[shared, forced], help="draw lesions")
+    drawing.add_argument("--tier", choices=TIERS, help="what may be given up for speed")
     drawing.add_argument("--prompt", help="free text, instead of a described lesion")
     for name, words in VOCABULARY.items():
         if name in LISTS:

@@ -3,8 +3,9 @@
 `Batch` holds items of one size that are denoised together. An item joins before any step, whatever
 the others have done by then, and leaves when its own steps are done or it is dropped; its latents
 are those that it gives alone, to the bit where an engine computes rows of a batch apart from each
-other. `denoise` is the loop over one batch that is whole from the start. Neither can tell one
-engine from another.
+other. With `forecasts` steps are forecast for items whose velocity can be (`dermaflux.forecast`),
+and the engine gets the others alone. `denoise` is the loop over one batch that is whole from the
+start. Neither can tell one engine from another.
 
     >>> denoise(engine, model, schedule, latents, text, steps=[20, 4], guidance=[3.5, 3.5])
 
@@ -28,6 +29,7 @@ from dermaflux.bundle import ModelSpec
 from dermaflux.engines import Array, Arrays, Engine
 from dermaflux.errors import Cancelled
 from dermaflux.flow import Floats, Schedule
+from dermaflux.forecast import Forecast
 
 K = TypeVar("K", bound=Hashable)
 
@@ -55,23 +57,34 @@ class _Item:
     guidance: float | None
     done: int = 0
     velocity: Floats | None = None
+    forecast: Forecast | None = None
 
 
 class Batch(Generic[K]):
     """Items of one latent size h x w, by key. Belongs to one thread at a time.
 
-    The engine is told anew what stays the same over steps only when items came or went.
+    The engine is told anew what stays the same over steps only when other items than before are
+    computed.
     """
 
     def __init__(
-        self, engine: Engine, model: ModelSpec, schedule: Schedule, h: int, w: int
+        self,
+        engine: Engine,
+        model: ModelSpec,
+        schedule: Schedule,
+        h: int,
+        w: int,
+        *,
+        forecasts: bool = False,
     ) -> None:
         self._engine = engine
         self._model = model
         self._schedule = schedule
         self._h, self._w = h, w
         self._items: dict[K, _Item] = {}
+        self._forecasts = forecasts
         self._velocity_of: Callable[[Arrays], dict[str, Array]] | None = None
+        self._bound: list[K] = []
 
     @property
     def keys(self) -> tuple[K, ...]:
@@ -87,7 +100,8 @@ class Batch(Generic[K]):
         assert latents.shape[1:] == (self._h, self._w), "a batch is of one size"
         tokens = flow.pack(latents[None])
         sigmas = self._schedule.sigmas(steps, tokens.shape[1])
-        self._items[key] = _Item(tokens[0], text, sigmas, guidance)
+        forecast = Forecast(sigmas) if self._forecasts else None
+        self._items[key] = _Item(tokens[0], text, sigmas, guidance, forecast=forecast)
         self._velocity_of = None
 
     def drop(self, key: K) -> None:
@@ -101,18 +115,12 @@ class Batch(Generic[K]):
         Raises:
             EngineError: the engine failed; all items are where they were before.
         """
-        items = list(self._items.values())
-        if self._velocity_of is None:
-            self._velocity_of = self._engine.bind(self._constant(items), self._timesteps(items))
-        sigma = np.array([item.sigmas[item.done] for item in items], dtype=np.float32)
-        after = np.array([item.sigmas[item.done + 1] for item in items], dtype=np.float32)
-        current = np.stack([item.tokens for item in items])
-        velocity = self._velocity_of(
-            {"hidden_states": current, "timestep": self._schedule.timesteps(sigma)}
-        )["out_hidden_states"]
-        moved = flow.euler_step(current, velocity, sigma, after)
-        for row, item in enumerate(items):
-            item.tokens, item.velocity, item.done = moved[row], velocity[row], item.done + 1
+        velocities = self._velocities()
+        for key, item in self._items.items():
+            velocity = velocities[key]
+            sigma, after = item.sigmas[item.done : item.done + 1], item.sigmas[item.done + 1 :][:1]
+            item.tokens = flow.euler_step(item.tokens[None], velocity[None], sigma, after)[0]
+            item.velocity, item.done = velocity, item.done + 1
         finished = {k: item for k, item in self._items.items() if item.done + 1 == len(item.sigmas)}
         for key in finished:
             self.drop(key)
@@ -132,6 +140,43 @@ class Batch(Generic[K]):
     def done(self, key: K) -> int:
         """Steps that an item has done."""
         return self._items[key].done
+
+    def _velocities(self) -> dict[K, Floats]:
+        """The velocity of every item: forecast, or computed for all that have to be, together."""
+        forecast: dict[K, Floats] = {}
+        for key, item in self._items.items():
+            if item.forecast is not None and (guess := item.forecast.at(item.done)) is not None:
+                forecast[key] = guess
+        computed = self._computed([key for key in self._items if key not in forecast])
+        # Nobody has moved yet: an engine that failed changed nothing.
+        for key, velocity in forecast.items():
+            item = self._items[key]
+            assert item.forecast is not None
+            item.forecast.taken(item.done, velocity)
+        for key, velocity in computed.items():
+            item = self._items[key]
+            if item.forecast is None:
+                continue
+            correction = item.forecast.computed(item.done, velocity)
+            if correction is not None:
+                item.tokens = item.tokens + correction
+        return forecast | computed
+
+    def _computed(self, keys: list[K]) -> dict[K, Floats]:
+        if not keys:
+            return {}
+        items = [self._items[key] for key in keys]
+        if self._velocity_of is None or keys != self._bound:
+            # What held the engine lets go of it first.
+            self._velocity_of = None
+            self._velocity_of = self._engine.bind(self._constant(items), self._timesteps(items))
+            self._bound = keys
+        sigma = np.array([item.sigmas[item.done] for item in items], dtype=np.float32)
+        current = np.stack([item.tokens for item in items])
+        velocity = self._velocity_of(
+            {"hidden_states": current, "timestep": self._schedule.timesteps(sigma)}
+        )["out_hidden_states"]
+        return {key: velocity[row] for row, key in enumerate(keys)}
 
     def _constant(self, items: Sequence[_Item]) -> dict[str, Array]:
         embeddings = np.concatenate([item.text.embeddings for item in items])
@@ -170,12 +215,14 @@ def denoise(
     *,
     steps: Sequence[int],
     guidance: Sequence[float | None],
+    forecasts: bool = False,
     on_step: Callable[[int, tuple[int, ...]], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Floats:
     """Noise float32 [B, C, h, w] -> latents [B, C, h, w], with the transformer's engine.
 
     `steps` and `guidance` are per item; an item that has done its steps leaves the batch.
+    `forecasts` has steps forecast where that is near enough; they count as steps all the same.
     `on_step` gets the number of the step, from 1, and the items that it moved. `cancelled` is
     asked before every step.
 
@@ -184,7 +231,7 @@ def denoise(
         EngineError: the engine failed.
     """
     _, _, h, w = latents.shape
-    batch: Batch[int] = Batch(engine, model, schedule, h, w)
+    batch: Batch[int] = Batch(engine, model, schedule, h, w, forecasts=forecasts)
     for item, count in enumerate(steps):
         batch.join(item, latents[item], text.take([item]), count, guidance[item])
     finals = np.empty_like(latents)

@@ -2,7 +2,8 @@
 
 Denoising is bound by arithmetic, so a batch of 4 takes almost four times as long as one image, and
 everybody in it waits that long. It pays as far as images a second grow, and no further: the limit
-is the smallest batch within a twentieth of the best.
+is the smallest batch within a twentieth of the best. Steps are timed that are computed, whether or
+not others are forecast (`dermaflux.forecast`): those cost next to nothing at any batch.
 
     >>> measure(pipeline).limit()
     2

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dermaflux import flow
+from dermaflux import flow, tiers
 from dermaflux.bundle import GENERATOR_PARTS, Bundle, Defaults, Limits, ModelSpec
 from dermaflux.decode import Pixels, decode
 from dermaflux.denoise import Text, denoise, stop_if
@@ -35,6 +35,7 @@ from dermaflux.flow import Floats, Schedule
 from dermaflux.memory import Plan
 from dermaflux.request import Request, validate
 from dermaflux.residency import InTurns, opened, planned
+from dermaflux.tiers import Tier
 from dermaflux.tokens import Tokens
 
 __all__ = ["Pipeline", "Progress", "Request", "Text"]
@@ -54,7 +55,8 @@ class Pipeline:
 
     `engines` has the parts text_encoder, text_encoder_2, transformer and vae_decoder;
     `tokenizers` has tokenizer (for text_encoder) and tokenizer_2; `origin` says what runs, for the
-    record of an image, `choices` why those engines, and `plan` what fits in memory together.
+    record of an image, `choices` why those engines, `plan` what fits in memory together, and `tier`
+    what was given up for speed (`dermaflux.tiers`).
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Pipeline:
         origin: Mapping[str, str] | None = None,
         choices: Mapping[str, Choice] | None = None,
         plan: Plan | None = None,
+        tier: Tier | None = None,
     ) -> None:
         self.model = model
         self.schedule = schedule
@@ -77,6 +80,7 @@ class Pipeline:
         self.engines = engines
         self.choices = dict(choices or {})
         self.plan = plan
+        self.tier = tier
         self._origin = dict(origin or {})
 
     @classmethod
@@ -86,6 +90,7 @@ class Pipeline:
         *,
         engine: str | None = None,
         precision: str | None = None,
+        tier: str | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         device: str | None = None,
@@ -94,26 +99,43 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
     ) -> Pipeline:
-        """A pipeline over a bundle; without `engine` and `precision`, the best that is there.
+        """A pipeline over a bundle; without `engine`, `precision` and `tier`, the best there is.
 
         `engine="eager"` runs the weights of `checkpoint` with the bundle's settings, on torch's
-        `device`, with torch.compile if `compile`. `in_turns` forces that parts stay in memory
+        `device`, with torch.compile if `compile`; as diffusers does, or with a `tier` by our own
+        forward. `in_turns` forces that parts stay in memory
         together (False) or take turns (True), whatever the plan says; it is made for an image of
         `height` x `width`, the bundle's default if not given.
 
         Raises:
             BundleError: the bundle cannot be opened.
-            EngineError: an engine cannot be had, or the parts do not fit in memory.
+            EngineError: an engine cannot be had, the parts do not fit in memory, or engine or
+                precision contradict the tier.
         """
+        chosen = None if tier is None else tiers.tier(tier)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         weights = None if checkpoint is None else Path(checkpoint)
         choices, plan = planned(
-            bundle, engine, precision, device=device, in_turns=in_turns, height=height, width=width
+            bundle,
+            engine,
+            precision,
+            device=device,
+            in_turns=in_turns,
+            height=height,
+            width=width,
+            tier=chosen,
         )
 
         def make(part: str) -> Engine:
-            return load(bundle, choices[part], checkpoint=weights, threads=threads, compile=compile)
+            return load(
+                bundle,
+                choices[part],
+                checkpoint=weights,
+                threads=threads,
+                compile=compile,
+                fast=chosen is not None,
+            )
 
         return cls(
             bundle.model,
@@ -131,6 +153,7 @@ class Pipeline:
             {"bundle": bundle.id, "model": bundle.name, "wording": bundle.wording},
             choices,
             plan,
+            chosen,
         )
 
     @classmethod
@@ -138,17 +161,20 @@ class Pipeline:
         cls,
         path: str | os.PathLike[str],
         *,
-        precision: str = "fp32",
+        precision: str | None = None,
         device: str = "cpu",
         compile: bool = False,
         threads: int | None = None,
+        tier: str | None = None,
     ) -> Pipeline:
-        """A pipeline over the eager engine: the reference that exports are compared with.
+        """A pipeline over the eager engine: the reference that exports are compared with, in fp32
+        if nothing else is asked for. With a `tier` by our own forward, in the tier's precision.
 
         Raises:
             BundleError: it is not a Flux checkpoint.
-            EngineError: torch is not installed.
+            EngineError: torch is not installed, or has no such precision, device or tier.
         """
+        chosen = None if tier is None else tiers.tier(tier)
         from dermaflux.checkpoint import Checkpoint
         from dermaflux.engines import require
 
@@ -156,6 +182,7 @@ class Pipeline:
         from dermaflux.engines import eager
 
         checkpoint = Checkpoint.open(path)
+        level = precision or "fp32" if chosen is None else chosen.of_torch(device, precision)
         return cls(
             checkpoint.model,
             Schedule.from_config(checkpoint.scheduler),
@@ -166,14 +193,16 @@ class Pipeline:
                 part: eager.load(
                     checkpoint.path,
                     part,
-                    precision=precision,
+                    precision=level,
                     device=device,
                     compile=compile,
                     threads=threads,
+                    fast=chosen is not None,
                 )
                 for part in GENERATOR_PARTS
             },
             {"model": str(checkpoint.provenance["name"])},
+            tier=chosen,
         )
 
     def request(
@@ -193,12 +222,18 @@ class Pipeline:
         rules = (self.defaults, self.limits, self.model)
         return validate(*rules, prompt, seed, steps, guidance, height, width)
 
+    @property
+    def forecasts(self) -> bool:
+        """Whether steps are forecast: pictures are near those of the full run, and not equal."""
+        return self.tier is not None and self.tier.forecast
+
     def token_count(self, prompt: str) -> int:
         """Tokens of a prompt, end token included; above `model.text_length` the rest is cut."""
         return self.tokenizers["tokenizer_2"].count(prompt)
 
     def record(self, request: Request) -> dict[str, str]:
-        """What is needed to make the image again: request, model, bundle, engine, precision."""
+        """What is needed to make the image again: request, model, bundle, engine, precision, and
+        the tier where steps are forecast, which changes pixels."""
         # Not the engine, where there is a choice: to ask one that takes turns is to load it.
         choice = self.choices.get("transformer")
         engine = None if choice else self.engines["transformer"]
@@ -206,6 +241,7 @@ class Pipeline:
             **self._origin,
             "engine": choice.engine if choice else engine and engine.name,
             "precision": choice.precision if choice else engine and engine.precision,
+            "tier": self.tier.name if self.tier is not None and self.forecasts else None,
             **vars(request),
         }
         return {name: str(value) for name, value in values.items() if value is not None}
@@ -339,6 +375,7 @@ class Pipeline:
             text,
             steps=steps,
             guidance=guidance,
+            forecasts=self.forecasts,
             on_step=on_step,
             cancelled=cancelled,
         )

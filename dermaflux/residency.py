@@ -19,6 +19,7 @@ from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from dermaflux.engines import Choice, Engine, choose
 from dermaflux.hardware import Machine, look
 from dermaflux.memory import Plan, plan
+from dermaflux.tiers import Tier
 
 
 class InTurns(Mapping[str, Engine]):
@@ -77,6 +78,7 @@ def planned(
     height: int | None = None,
     width: int | None = None,
     machine: Machine | None = None,
+    tier: Tier | None = None,
 ) -> tuple[dict[str, Choice], Plan]:
     """What runs each part of a generator, and who is in memory when; nothing is loaded.
 
@@ -85,7 +87,7 @@ def planned(
     """
     here = machine or look()
     choices = {
-        part: choose(bundle, part, engine, precision, here, device=device)
+        part: choose(bundle, part, engine, precision, here, device=device, tier=tier)
         for part in GENERATOR_PARTS
     }
     return choices, plan(bundle, choices, here, height=height, width=width, in_turns=in_turns)

@@ -166,7 +166,11 @@ class Underway(Generic[K]):
         if size not in self._batches:
             pipeline = self._pipeline
             self._batches[size] = Batch(
-                pipeline.engines["transformer"], pipeline.model, pipeline.schedule, *start.shape[1:]
+                pipeline.engines["transformer"],
+                pipeline.model,
+                pipeline.schedule,
+                *start.shape[1:],
+                forecasts=pipeline.forecasts,
             )
         return self._batches[size]
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dermaflux.bundle import Bundle
 from dermaflux.errors import EngineError
 from dermaflux.hardware import Machine, look, usable_cores
+from dermaflux.tiers import Tier
 
 __all__ = [
     "EAGER",
@@ -96,9 +97,10 @@ class Engine(Protocol):
         """`run` with some inputs handed over once: those that stay the same over all steps.
 
         What comes back takes the others, and belongs to one thread. `timesteps`, float32 [B, K],
-        has what the next K calls will be given as `timestep`, bit for bit and in order, a row per
-        item; a row that ends sooner repeats its last. An engine may compute ahead what depends on
-        them and on `constant` alone, and may ignore them. A call with other timesteps is right too.
+        has what the next calls will be given as `timestep`, bit for bit and in order, a row per
+        item; a row that ends sooner repeats its last, and some may be passed over
+        (`dermaflux.forecast`). An engine may compute ahead what depends on them and on `constant`
+        alone, and may ignore them. A call with other timesteps is right too.
         """
         ...
 
@@ -126,16 +128,18 @@ def choose(
     machine: Machine | None = None,
     *,
     device: str | None = None,
+    tier: Tier | None = None,
 ) -> Choice:
     """The fastest that this machine has, that the bundle allows, and that was asked for.
 
     A forced precision that exists for other parts of the bundle only (int8 text encoders are not
     worth a file) leaves this part to the order of speed, and the reason says so. `machine` is this
-    one if not given; `device` is for `eager` alone.
+    one if not given; `device` is for `eager` alone. A `tier` allows its own
+    precisions, and of them the order of speed takes the first.
 
     Raises:
-        EngineError: an unknown, absent or forbidden engine, or an unknown precision; with what
-            was rejected, why, and what to install.
+        EngineError: an unknown, absent or forbidden engine, an unknown precision, or one that
+            contradicts the tier; with what was rejected, why, and what to install.
     """
     from dermaflux.engines.order import pick
 
@@ -147,8 +151,10 @@ def choose(
     if engine is not None:
         require(engine)
     if engine == EAGER:
-        return Choice(part, EAGER, precision or "fp32", "asked for", (), device or "cpu")
-    return pick(bundle, part, engine, precision, machine or look())
+        place = device or "cpu"
+        level = tier.of_torch(place, precision) if tier is not None else precision or "fp32"
+        return Choice(part, EAGER, level, "asked for", (), place)
+    return pick(bundle, part, engine, precision, machine or look(), tier)
 
 
 def load(
@@ -158,10 +164,12 @@ def load(
     checkpoint: Path | None = None,
     threads: int | None = None,
     compile: bool = False,
+    fast: bool = False,
 ) -> Engine:
     """Make the engine of a choice; `threads` is per engine, all usable cores without it.
 
-    `checkpoint` and `compile` (torch.compile) are for `eager` alone.
+    `checkpoint`, `compile` (torch.compile) and `fast` (our own forward, `dermaflux.engines.flux`,
+    instead of diffusers') are for `eager` alone.
 
     Raises:
         EngineError: it cannot open the file, or `eager` has no checkpoint.
@@ -181,6 +189,7 @@ def load(
             device=choice.device,
             compile=compile,
             threads=threads,
+            fast=fast,
         )
     if choice.engine == TENSORRT:
         from dermaflux.engines import trt

@@ -29,12 +29,15 @@ from dermaflux.engines import (
 )
 from dermaflux.errors import EngineError
 from dermaflux.hardware import Machine
+from dermaflux.tiers import Tier
 
 _PLAN: Final = "{} in a TensorRT plan built for this GPU is the fastest there"
 _PROVIDER: Final = "{} in ONNX Runtime's TensorRT provider, where there is no plan"
 _CUDA: Final = "{} in ONNX Runtime's CUDA provider needs no building"
 _INTEL: Final = "{} on Intel's GPU is faster than on the CPU beside it"
 _WIDENED: Final = "{} is computed in fp32 on this CPU: for its numbers, not for speed"
+_PRUNED: Final = "int8 on fewer pieces of the picture"
+PRUNED: Final = "int8-pruned"
 
 _ORDER: Final = (
     *((TENSORRT, level, _PLAN) for level in ("fp8", "int8", "bf16", "fp16", "fp32")),
@@ -49,6 +52,8 @@ _ORDER: Final = (
     (ORT, "int8", "int8 on ONNX Runtime, slower than fp32 there"),
     *((OPENVINO, level, _WIDENED) for level in ("bf16", "fp16", "fp8")),
     *((ORT, level, _WIDENED) for level in ("fp16", "bf16", "fp8")),
+    # Only when asked for: it does less work than the classifier was trained to do.
+    *((name, PRUNED, _PRUNED) for name in (TENSORRT, ORT_TENSORRT, OPENVINO, ORT)),
     # Only when asked for: an NPU takes one size, batch 1.
     *((OPENVINO_NPU, level, "{} on Intel's NPU") for level in ("int8", "fp16")),
 )
@@ -61,13 +66,28 @@ _NEEDS: Final[Mapping[str, tuple[tuple[int, int], str]]] = {
 """Precision -> the compute capability from which NVIDIA's GPUs have instructions for it."""
 
 
+_TIERED: Final = ("transformer", "classifier")
+"""Parts that take the time, which a tier is about: they need a file of it."""
+
+
 def pick(
-    bundle: Bundle, part: str, engine: str | None, precision: str | None, machine: Machine
+    bundle: Bundle,
+    part: str,
+    engine: str | None,
+    precision: str | None,
+    machine: Machine,
+    tier: Tier | None = None,
 ) -> Choice:
     """See `dermaflux.engines.choose`, which knows that the engine exists and is installed."""
     if part not in bundle.parts:
         raise EngineError(f"the bundle {bundle.name} has no part {part!r}")
     files = bundle.parts[part].files
+    if tier is not None:
+        tier.require(precision)
+        if not any(tier.takes(level) for level in files):
+            if part in _TIERED:
+                raise EngineError(_without(bundle, part, tier))
+            tier = None
     wanted = precision
     if precision is not None and precision not in files:
         everywhere = sorted({p for other in bundle.parts.values() for p in other.files})
@@ -81,7 +101,11 @@ def pick(
     for name, level, reason in _ORDER:
         if engine not in (None, name) or wanted not in (None, level):
             continue
+        if tier is not None and not tier.takes(level):
+            continue
         if engine is None and name == OPENVINO_NPU:
+            continue
+        if level == PRUNED and wanted is None and (tier is None or not tier.precisions):
             continue
         if name not in absent:
             absent[name] = _absent(name, machine)
@@ -97,6 +121,8 @@ def pick(
             reason = f"{part} has no {precision} file"
         elif engine is not None or precision is not None:
             reason = "asked for"
+        elif tier is not None:
+            reason = f"tier {tier.name}: {reason}"
         device = "cuda:0" if name in (TENSORRT, ORT_TENSORRT, ORT_CUDA) else "cpu"
         return Choice(part, name, level, reason.format(level), tuple(rejected), device)
     tried = "; ".join(f"{label}: {why}" for label, why in rejected)
@@ -104,6 +130,14 @@ def pick(
     there = engines.installed(OPENVINO) or engines.installed(ORT)
     remedy = "" if there else f". Install one: {installs}"
     raise EngineError(f"no engine can run {part} ({tried}){remedy}")
+
+
+def _without(bundle: Bundle, part: str, tier: Tier) -> str:
+    files = bundle.parts[part].files
+    return (
+        f"tier {tier.name!r} needs {part} in {' or '.join(tier.precisions)}, and {bundle.path} has "
+        f"{', '.join(files)}; use another tier, or export it again with it in --precision"
+    )
 
 
 def _absent(name: str, machine: Machine) -> str | None:

@@ -44,6 +44,7 @@ from dermaflux.bundle import Bundle
 from dermaflux.command import at_least, ended, option, parsed
 from dermaflux.engines import choose
 from dermaflux.errors import DermaFluxError, EngineError
+from dermaflux.tiers import tier
 
 GOAL_S: Final = 3.0
 """The first image after a process began, from a built bundle."""
@@ -65,6 +66,7 @@ class Settings:
     bundle: Path = option("the bundle's folder", Path("bundles/mini"))
     engine: str | None = option("default: the fastest", None)
     precision: str | None = option("default: the fastest", None)
+    tier: str | None = option("of the generator: what may be given up for speed", None)
     steps: int | None = option("of the first image; default: the bundle's", None)
     starts: int = option("of each kind that count", 5)
     no_service: bool = option("leave out the service, whose start takes longest", False)
@@ -74,8 +76,8 @@ class Settings:
 
     @property
     def forced(self) -> dict[str, str]:
-        """Engine and precision, where they are asked for."""
-        given = {"engine": self.engine, "precision": self.precision}
+        """Engine, precision and tier, where they are asked for."""
+        given = {"engine": self.engine, "precision": self.precision, "tier": self.tier}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -252,7 +254,8 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     """
     at_least(settings, {"starts": 1, "steps": 1, "fail_over": 0})
     bundle = Bundle.open(settings.bundle)
-    choice = choose(bundle, "transformer", settings.engine, settings.precision)
+    chosen = None if settings.tier is None else tier(settings.tier)
+    choice = choose(bundle, "transformer", settings.engine, settings.precision, tier=chosen)
     before = environment()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(settings, bundle, Path(folder))
@@ -262,6 +265,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         "environment": before,
         "engine": choice.engine,
         "precision": choice.precision,
+        "tier": settings.tier,
         "steps": settings.steps or bundle.defaults.steps,
         "starts": settings.starts,
         "page_cache": "dropped before each start" if settings.drop_caches else "warm",
@@ -279,7 +283,9 @@ def run(settings: Settings, words: Sequence[str]) -> int:
 
 
 def _product(command: str, settings: Settings) -> list[str]:
-    forced = [word for name, value in settings.forced.items() for word in (f"--{name}", value)]
+    # Tiers of the generator: the classifier has others.
+    given = {k: v for k, v in settings.forced.items() if command == "generate" or k != "tier"}
+    forced = [word for name, value in given.items() for word in (f"--{name}", value)]
     start = [sys.executable, "-m", "dermaflux", command]
     return [*start, "--bundle", str(settings.bundle), *forced]
 

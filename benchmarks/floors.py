@@ -34,7 +34,7 @@ class Least:
     seconds: float
     as_quantized: float
 
-    def share(self, spent: float, calls: int = 1) -> dict[str, float]:
+    def share(self, spent: float, calls: float = 1) -> dict[str, float]:
         """Beside what `calls` of them took, in seconds: the floor in ms, the shares reached."""
         return {
             "floor_ms": round(1e3 * calls * self.seconds, 4),

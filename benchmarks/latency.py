@@ -12,9 +12,9 @@ The most memory that a variant takes is measured in a process of its own, the pr
 Beside each stage stands its floor: its operations over the best rate of a large product of matrices
 in the precision in use, and its weights over the bandwidth of memory where no cache holds them.
 `reached` is the floor's share of the time taken. What is quantized leaves products of two
-activations in floating point: with those at their own rate it is `reached_as_quantized`. Steps that
-a tier forecasts count as if computed, so such a tier may pass the floor. A variant is proved active
-by its engine's name and the types of operations in the graph that it runs.
+activations in floating point: with those at their own rate it is `reached_as_quantized`. A variant
+is proved active by its engine's name, the types of operations in the graph that it runs, and how
+often the transformer was called.
 
 Progress goes to stderr; the last line of stdout is one JSON object.
 """
@@ -38,7 +38,7 @@ from benchmarks.flops import transformer_flops
 from benchmarks.machine import environment, matmul_rate
 from benchmarks.measuring import alternate, ratio, spread
 from benchmarks.results_file import finish
-from benchmarks.stages import STAGES, Spent, draw
+from benchmarks.stages import STAGES, Spent, counted, draw
 from benchmarks.variants import Variant, listed, variants
 from dermaflux.bundle import GENERATOR_PARTS, Bundle
 from dermaflux.command import at_least, ended, option, parsed
@@ -147,7 +147,12 @@ def summary(
         figures["steps_ms"] = [
             _ms(statistics.median(step)) for step in zip(*(one.steps for one in spent), strict=True)
         ]
-        calls = {"denoise": len(spent[0].steps)}
+        # Fewer than there are steps, where some are forecast.
+        called = statistics.median(
+            len(one.steps) if one.calls is None else one.calls for one in spent
+        )
+        figures["transformer_calls"] = called
+        calls = {"denoise": called}
         figures["floors"] = {
             stage: floor.share(medians[stage], calls.get(stage, 1))
             for stage, floor in floors.get(name, {}).items()
@@ -213,8 +218,9 @@ def run(settings: Settings, words: Sequence[str]) -> None:
     opening: dict[str, float] = {}
     for one in chosen:
         began = time.perf_counter()
-        pipelines[one.name] = one.pipeline(bundle, settings.checkpoint, settings.threads)
+        pipeline = one.pipeline(bundle, settings.checkpoint, settings.threads)
         opening[one.name] = time.perf_counter() - began
+        pipelines[one.name] = counted(pipeline)
     limits = Limits.measured()
     work = work_of(bundle, GENERATOR_PARTS, asked.batch, asked.height, asked.width)
     rows, first = measure(pipelines, asked, settings.rounds)

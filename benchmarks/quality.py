@@ -38,13 +38,13 @@ from benchmarks.measuring import alternate, ratio
 from benchmarks.quality_classifier import Photograph
 from benchmarks.results_file import finish
 from benchmarks.similarity import pictures
-from benchmarks.stages import Spent, draw
+from benchmarks.stages import Spent, counted, draw
 from benchmarks.variants import Variant, classifiers, listed
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
 from dermaflux.command import at_least, ended, option, parsed
 from dermaflux.decode import Pixels
-from dermaflux.engines import EAGER, Choice
+from dermaflux.engines import Choice
 from dermaflux.errors import EngineError
 from dermaflux.pipeline import Pipeline
 from dermaflux.request import validate
@@ -115,7 +115,8 @@ def chosen(bundle: Bundle, settings: Settings) -> list[Variant]:
                 f"{', '.join(files)}"
             )
     found = listed(bundle, settings.checkpoint, settings.tier)
-    reference = next((one for one in found if one.engine == EAGER or one.precision == "fp32"), None)
+    exact = (one for one in found if one.tier is None and one.precision in ("fp32", None))
+    reference = next(exact, None)
     if reference is None:
         raise EngineError(
             f"{bundle.path} has no fp32 file that runs here to compare with; name the weights with "
@@ -142,15 +143,17 @@ def measure(
 def controls(sides: Mapping[str, Side], variants: Sequence[Variant]) -> dict[str, dict[str, str]]:
     """By variant the sides that its controls are drawn with: the fastest in fp32, and, for a tier
     that forecasts, the side of the same engine and precision that does not."""
-    exact = [one.name for one in variants if one.engine == EAGER or one.precision == "fp32"]
+    engines = {one.name: sides[one.name].pipeline.engines["transformer"] for one in variants}
+    guessing = {one.name for one in variants if one.tier is not None and forecasts(one.tier)}
+    exact = [name for name, one in engines.items()
+             if one.precision == "fp32" and name not in guessing]  # fmt: skip
     fastest = min(exact, key=lambda name: statistics.median(s.total for s in sides[name].spent))
     found: dict[str, dict[str, str]] = {}
     for one in variants[1:]:
         # What is as good as the reference needs no control.
         found[one.name] = {} if one.name in exact else {"fewer_steps_fp32": fastest}
-        engine = sides[one.name].pipeline.engines["transformer"]
-        same = f"{engine.name} {engine.precision}"
-        if one.tier is not None and forecasts(one.tier) and same in sides:
+        same = f"{engines[one.name].name} {engines[one.name].precision}"
+        if one.name in guessing and same in sides:
             found[one.name]["fewer_steps_same_engine"] = same
     return found
 
@@ -247,7 +250,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     variants = chosen(bundle, settings)
     sides = {
         variant.name: Side(
-            variant.pipeline(bundle, settings.checkpoint, settings.threads), one.steps
+            counted(variant.pipeline(bundle, settings.checkpoint, settings.threads)), one.steps
         )
         for variant in variants
     }
@@ -301,7 +304,11 @@ def _row(
         [sides[name].made[number] for number in numbers],
         [sides[reference].made[number] for number in numbers],
     )
-    row["seconds"] = round(statistics.median(one.total for one in sides[name].spent), 4)
+    spent = sides[name].spent
+    row["seconds"] = round(statistics.median(one.total for one in spent), 4)
+    calls = [one.calls for one in spent if one.calls is not None]
+    if calls:
+        row["transformer_calls"] = statistics.median(calls)
     if said:
         row["classifier"] = agreement(said[name], said[reference])
     return row

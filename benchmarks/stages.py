@@ -5,13 +5,14 @@
     (0.022, (0.0081, 0.0062, 0.0062, ...))
 
 The stages are the pipeline's own: its tokenizers, engines and loop. Nothing is kept from one call
-to the next, so each prompt is encoded as if it were new.
+to the next, so each prompt is encoded as if it were new. `counted(pipeline)` also counts how often
+the transformer was called: fewer times than there are steps, where steps are forecast.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +20,7 @@ import numpy as np
 
 from dermaflux.decode import Pixels
 from dermaflux.denoise import Text
+from dermaflux.engines import Array, Arrays, Engine
 from dermaflux.images import encode_png
 from dermaflux.pipeline import Pipeline, Request
 
@@ -29,14 +31,50 @@ STAGES: Final = ("tokenize", "text_encoder", "text_encoder_2", "denoise", "decod
 @dataclass(frozen=True)
 class Spent:
     """Seconds by stage, and those of every step of `denoise`, in order: the first has also what is
-    done once per request."""
+    done once per request. `calls` of the transformer, where the pipeline is `counted`."""
 
     seconds: Mapping[str, float]
     steps: tuple[float, ...]
+    calls: int | None = None
 
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
+
+
+class Counting:
+    """An engine that counts its calls, and is another's in all else."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.name, self.precision = engine.name, engine.precision
+        self.calls = 0
+
+    def run(self, inputs: Arrays) -> dict[str, Array]:
+        """See `Engine.run`."""
+        self.calls += 1
+        return self._engine.run(inputs)
+
+    def bind(
+        self, constant: Arrays, timesteps: Array | None = None
+    ) -> Callable[[Arrays], dict[str, Array]]:
+        """See `Engine.bind`: each call of what comes back counts."""
+        bound = self._engine.bind(constant, timesteps)
+
+        def step(varying: Arrays) -> dict[str, Array]:
+            self.calls += 1
+            return bound(varying)
+
+        return step
+
+
+def counted(pipeline: Pipeline) -> Pipeline:
+    """The same pipeline, whose transformer counts its calls from now on; engines that take turns in
+    memory are left alone."""
+    if isinstance(pipeline.engines, dict):
+        counting = Counting(pipeline.engines["transformer"])
+        pipeline.engines = {**pipeline.engines, "transformer": counting}
+    return pipeline
 
 
 def draw(pipeline: Pipeline, requests: Sequence[Request]) -> tuple[Spent, list[Pixels]]:
@@ -54,6 +92,7 @@ def draw(pipeline: Pipeline, requests: Sequence[Request]) -> tuple[Spent, list[P
         marks.append(time.perf_counter())
         t5 = pipeline.engines["text_encoder_2"].run({"input_ids": ids[1]})
         marks.append(time.perf_counter())
+        before = _calls(pipeline)
         ends: list[float] = []
         latents = pipeline.denoise(
             np.stack([pipeline.start(request) for request in requests]),
@@ -71,4 +110,13 @@ def draw(pipeline: Pipeline, requests: Sequence[Request]) -> tuple[Spent, list[P
     spent = [after - before for before, after in zip(marks, marks[1:], strict=False)]
     began = marks[STAGES.index("denoise")]
     steps = tuple(end - start for start, end in zip([began, *ends], ends, strict=False))
-    return Spent(dict(zip(STAGES, spent, strict=True)), steps), pictures
+    after = _calls(pipeline)
+    calls = None if before is None or after is None else after - before
+    return Spent(dict(zip(STAGES, spent, strict=True)), steps, calls), pictures
+
+
+def _calls(pipeline: Pipeline) -> int | None:
+    if not isinstance(pipeline.engines, dict):
+        return None
+    engine = pipeline.engines["transformer"]
+    return engine.calls if isinstance(engine, Counting) else None

@@ -25,13 +25,15 @@ def generate(folder: str, asked: dict[str, object], out: str) -> dict[str, int]:
     from dermaflux.images import encode_png
     from dermaflux.pipeline import Pipeline
     from dermaflux.residency import planned
+    from dermaflux.tiers import tier
 
     moments["imports"] = time.monotonic_ns()
     bundle = Bundle.open(folder)
     opening: dict[str, Any] = {
-        name: asked[name] for name in ("engine", "precision") if name in asked
+        name: asked[name] for name in ("engine", "precision", "tier") if name in asked
     }
-    choices, _ = planned(bundle, **opening)
+    chosen = {"tier": tier(opening["tier"])} if "tier" in opening else {}
+    choices, _ = planned(bundle, **{**opening, **chosen})
     moments["bundle"] = time.monotonic_ns()
     assert not damaged(bundle, files_of(bundle, choices.values()))
     moments["verify"] = time.monotonic_ns()

@@ -3,6 +3,7 @@
     >>> for variant in listed(bundle, Path("models/mini"), tiers=("cached",)):
     ...     print(variant.name)
     eager
+    eager, tier lossless
     onnxruntime-cpu fp32
     openvino-cpu fp32
     openvino-cpu int8
@@ -33,7 +34,8 @@ _GPU: Final = (ORT_CUDA, ORT_TENSORRT, TENSORRT)
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a bundle: an engine and a precision, or a tier, which chooses both."""
+    """One way to run a bundle: an engine and a precision, or a tier, which chooses both. Torch
+    without a tier is diffusers' own forward; with one it is the product's."""
 
     engine: str | None = None
     precision: str | None = None
@@ -41,9 +43,9 @@ class Variant:
 
     @property
     def name(self) -> str:
-        if self.tier is not None:
-            return f"tier {self.tier}"
-        return EAGER if self.engine == EAGER else f"{self.engine} {self.precision}"
+        engine = " ".join(word for word in (self.engine, self.precision) if word is not None)
+        tier = None if self.tier is None else f"tier {self.tier}"
+        return ", ".join(word for word in (engine, tier) if word)
 
     def pipeline(
         self, bundle: Bundle, checkpoint: Path | None = None, threads: int | None = None
@@ -76,7 +78,7 @@ class Variant:
 def listed(
     bundle: Bundle, checkpoint: Path | None = None, tiers: Sequence[str] = ()
 ) -> list[Variant]:
-    """All that can run here, eager first where there is a checkpoint, tiers last.
+    """All that can run here; where there is a checkpoint, eager first; tiers last.
 
     A precision that has no engine here is left out, and a line on stderr says why.
 
@@ -86,7 +88,7 @@ def listed(
     found: list[Variant] = []
     if checkpoint is not None:
         same_model(bundle, checkpoint)
-        found.append(Variant(EAGER))
+        found += [Variant(EAGER), Variant(EAGER, tier="lossless")]
     for engine in (*_CPU, *(_GPU if look().gpus else ())):
         for precision in bundle.parts["transformer"].files:
             if _choice(bundle, "transformer", engine, precision) is not None:

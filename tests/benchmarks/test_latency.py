@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from benchmarks import latency, machine
 from benchmarks.floors import Least, Limits
 from benchmarks.flops import Work
 from benchmarks.machine import Rate
-from benchmarks.stages import STAGES, Spent
+from benchmarks.stages import STAGES, Spent, counted, draw
 from benchmarks.variants import Variant
 from dermaflux.bundle import Bundle
+from dermaflux.pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +45,16 @@ def test_summary_compares_within_a_round() -> None:
     assert table["eager"]["floors"] == {}
 
 
+def test_forecast_steps_need_no_call(fake_pipeline: Pipeline) -> None:
+    row = Spent(dict.fromkeys(STAGES, 1.0), (0.1,) * 10, calls=4)
+    table = latency.summary({"cached": [row]}, {"cached": {"denoise": Least(0.1, 0.1)}})
+    assert table["cached"]["transformer_calls"] == 4
+    assert table["cached"]["floors"]["denoise"]["reached"] == pytest.approx(0.4)
+    pipeline = counted(copy.copy(fake_pipeline))
+    spent, _ = draw(pipeline, [pipeline.request("a lesion", 0, 5, height=32, width=32)])
+    assert spent.calls == len(spent.steps) == 5
+
+
 def test_a_floor_takes_the_rate_of_what_runs_and_reads_what_no_cache_holds() -> None:
     rates = {"fp32": Rate(10.0, ""), "bf16": Rate(None, "emulated"), "int8": Rate(40.0, "")}
     limits = Limits(rates, bandwidth=100.0, cache=50)
@@ -68,7 +80,7 @@ def test_the_command_measures_every_variant_by_stage(
     )
     for name, row in result["variants"].items():
         assert set(STAGES) <= set(row["percentiles"])
-        assert len(row["steps_ms"]) == 3
+        assert len(row["steps_ms"]) == row["transformer_calls"] == 3
         assert 0 < row["denoise_ms"] < row["total_ms"]
         assert row["first_image_ms"] > 0
         assert row["floors"]["denoise"]["floor_ms"] > 0

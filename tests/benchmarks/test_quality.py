@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import quality, quality_classifier, similarity
-from benchmarks.stages import STAGES, Spent
+from benchmarks.stages import STAGES, Counting, Spent
 from benchmarks.variants import Variant
 from dermaflux import dataset
 from dermaflux.bundle import Bundle
@@ -87,22 +88,35 @@ def test_a_forecasting_tier_is_also_held_against_its_own_engine(
     fake_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "forecasts", lambda name: name == "cached")
-    engine = fake_pipeline.engines["transformer"]
-    own = Variant(engine.name, engine.precision)
+
+    def side(engine: str, precision: str, seconds: float) -> quality.Side:
+        pipeline = copy.copy(fake_pipeline)
+        named = Counting(fake_pipeline.engines["transformer"])
+        named.name, named.precision = engine, precision
+        pipeline.engines = {"transformer": named}
+        spent = Spent(dict.fromkeys(STAGES, seconds), ())
+        return quality.Side(pipeline, 4, [spent])
+
     found = [
-        Variant("eager"), Variant("onnxruntime-cpu", "fp32"), Variant("openvino-cpu", "int8"),
-        own, Variant(tier="int8"), Variant(tier="cached"),
+        Variant("eager"), Variant("openvino-cpu", "fp32"), Variant("openvino-cpu", "int8"),
+        Variant(tier="lossless"), Variant(tier="int8"), Variant(tier="cached"),
     ]  # fmt: skip
-    sides = {one.name: quality.Side(fake_pipeline, 4) for one in found}
-    for seconds, side in enumerate(sides.values(), 1):
-        side.spent = [Spent(dict.fromkeys(STAGES, float(seconds)), ())]
+    sides = {
+        "eager": side("eager", "fp32", 3),
+        "openvino-cpu fp32": side("openvino-cpu", "fp32", 2),
+        "openvino-cpu int8": side("openvino-cpu", "int8", 1.1),
+        "tier lossless": side("openvino-cpu", "fp32", 2.1),
+        "tier int8": side("openvino-cpu", "int8", 1),
+        "tier cached": side("openvino-cpu", "int8", 0.5),
+    }
     told = quality.controls(sides, found)
-    assert told["onnxruntime-cpu fp32"] == {}
-    assert told["openvino-cpu int8"] == {"fewer_steps_fp32": "eager"}
-    assert told["tier int8"] == {"fewer_steps_fp32": "eager"}
+    assert told["openvino-cpu fp32"] == told["tier lossless"] == {}
+    assert told["openvino-cpu int8"] == {"fewer_steps_fp32": "openvino-cpu fp32"}
+    assert told["tier int8"] == {"fewer_steps_fp32": "openvino-cpu fp32"}
     assert told["tier cached"] == {
-        "fewer_steps_fp32": "eager", "fewer_steps_same_engine": own.name
-    }  # fmt: skip
+        "fewer_steps_fp32": "openvino-cpu fp32",
+        "fewer_steps_same_engine": "openvino-cpu int8",
+    }
 
 
 def test_every_side_draws_the_same_seed(fake_pipeline: Pipeline) -> None:

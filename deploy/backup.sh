@@ -13,7 +13,7 @@ if [ $# -ne 2 ] || [ ! -d "$1" ]; then
     exit 2
 fi
 from=$1
-to=$2
+to=${2%/}
 if [ -e "$to" ]; then
     echo "error: $to is there already; name a new folder" >&2
     exit 2
@@ -29,7 +29,12 @@ if [ -d "$from/audit" ]; then
     mkdir "$part/audit"
     [ ! -f "$from/audit/head.json" ] || cp -p "$from/audit/head.json" "$part/audit/"
     for file in "$from"/audit/*; do
-        case $file in */head.json | */lock) ;; *) cp -p "$file" "$part/audit/" ;; esac
+        case $file in */head.json | */lock | */\*) continue ;; esac
+        # The service may be in the middle of a line; a moment later it is at another one's end.
+        for _ in 1 2 3 4 5; do
+            cp -p "$file" "$part/audit/"
+            [ -n "$(tail -c 1 "$part/audit/${file##*/}")" ] || break
+        done
     done
 fi
 [ ! -d "$from/marks" ] || cp -Rp "$from/marks" "$part/"

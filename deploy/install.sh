@@ -69,6 +69,10 @@ print("%d.%d" % sys.version_info[:2], (p.system() + " " + p.machine()).lower())'
 [ "$found" = "$wanted $(told machine)" ] ||
     fail "this kit is for Python $wanted on $(told machine); here is $found"
 
+# From here on it is asked for from other folders, too.
+mkdir -p "$to" 2>/dev/null && [ -w "$to" ] ||
+    fail "$to takes no files; run this as a user who may write there, or name another: --to DIR"
+to=$(cd "$to" && pwd)
 release=$(told version)-$(told bundle)
 place=$to/releases/$release
 if [ ! -f "$place/.complete" ]; then
@@ -113,6 +117,6 @@ if [ -n "$systemd" ]; then
     echo "installed; look into /etc/dermaflux/environment, then: systemctl enable --now dermaflux" >&2
 fi
 echo "$to/current is $release. To serve on this machine alone:
-  DERMAFLUX_BUNDLE=$to/current/bundle BENTOML_DO_NOT_TRACK=true \\
-      $to/current/venv/bin/python -m bentoml serve $to/current/bento --host 127.0.0.1" >&2
+  DERMAFLUX_BUNDLE='$to/current/bundle' BENTOML_DO_NOT_TRACK=true \\
+      '$to/current/venv/bin/python' -m bentoml serve '$to/current/bento' --host 127.0.0.1" >&2
 printf '{"release": "%s", "place": "%s"}\n' "$release" "$place"

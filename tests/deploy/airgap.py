@@ -115,13 +115,13 @@ def run(*command: str | Path, folder: Path, **more: str) -> subprocess.Completed
 
 @pytest.fixture(scope="module")
 def place(kit: Path, folder: Path) -> Path:
-    """Where the kit was installed."""
-    command = ["sh", kit / "install.sh", "--to", folder / "opt", "--python", PYTHON]
+    """Where the kit was installed: in a folder named from where one is, with a space in it."""
+    command = ["sh", kit / "install.sh", "--to", "an opt", "--python", PYTHON]
     done = run(*ALONE, *command, folder=folder)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert (folder / "opt/current").resolve() == Path(told["place"])
-    return folder / "opt/current"
+    assert (folder / "an opt/current").resolve() == Path(told["place"])
+    return folder / "an opt/current"
 
 
 def test_there_is_no_network_there(folder: Path) -> None:
@@ -183,11 +183,11 @@ def test_it_serves_draws_and_classifies(kit: Path, place: Path, folder: Path) ->
 
 def test_a_second_installation_is_the_first(kit: Path, place: Path, folder: Path) -> None:
     before = (place / "venv/pyvenv.cfg").stat().st_mtime_ns
-    command = ["sh", kit / "install.sh", "--to", folder / "opt", "--python", PYTHON]
+    command = ["sh", kit / "install.sh", "--to", "an opt", "--python", PYTHON]
     done = run(*ALONE, *command, folder=folder)
     assert done.returncode == 0, done.stderr
     assert (place / "venv/pyvenv.cfg").stat().st_mtime_ns == before
-    assert not (folder / "opt/previous").exists()
+    assert not (folder / "an opt/previous").exists()
 
 
 def test_the_steps_of_the_image_run(kit: Path, folder: Path) -> None:

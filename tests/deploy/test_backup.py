@@ -65,6 +65,33 @@ def test_a_log_that_is_copied_while_it_is_written_holds(records: Path, tmp_path:
     assert (tmp_path / "copy").stat().st_mode & 0o077 == 0
 
 
+def test_a_line_that_was_half_written_is_copied_once_it_is_whole(
+    records: Path, tmp_path: Path
+) -> None:
+    log = opened(records)
+    log.append(EVENT)
+    # The first cp of the lines comes while the last one is being written.
+    (tmp_path / "bin").mkdir()
+    cp = tmp_path / "bin/cp"
+    once = tmp_path / "once"
+    halved = f'[ -e {once} ] || {{ truncate -s -20 "$3/audit-000001.jsonl"; touch {once}; }}'
+    cp.write_text(f'#!/bin/sh\n/bin/cp "$@"\ncase "$2" in *.jsonl) {halved} ;; esac\n')
+    cp.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    command = ["sh", SCRIPT, records, f"{tmp_path / 'a copy'}/"]
+    done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    log.close()
+    assert once.exists()
+    assert holds(tmp_path / "a copy/audit", tmp_path / "audit.key") == (True, 2)
+
+
+def test_a_log_that_has_not_begun_is_copied_too(records: Path, tmp_path: Path) -> None:
+    (records / "audit").mkdir()
+    assert backup(records, tmp_path / "copy").returncode == 0
+    assert list((tmp_path / "copy/audit").iterdir()) == []
+
+
 def test_the_other_order_would_not_hold(records: Path, tmp_path: Path) -> None:
     log = opened(records)
     log.append(EVENT)

@@ -201,6 +201,16 @@ def test_installation_says_what_it_does_not_take(kit: Path, tmp_path: Path) -> N
     assert (status != 0, "this kit is for Python 4." in words) == (True, True)
 
 
+def test_a_place_that_takes_no_files_is_told_before_anything_is_made(
+    kit: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    python = Path(sys.base_prefix) / f"bin/python{version}"
+    status, words = install(kit, "--to", tmp_path / "file/opt", "--python", python)
+    assert (status != 0, "takes no files; run this as a user" in words) == (True, True)
+
+
 def test_going_back(kit: Path, tmp_path: Path) -> None:
     to = tmp_path / "opt"
     to.mkdir()

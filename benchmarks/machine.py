@@ -12,6 +12,7 @@ asked. Rates are the best of several tries: what disturbs a machine only slows i
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -100,6 +101,7 @@ def environment() -> dict[str, Any]:
         "instructions": list(instructions()),
         "memory_gb": None if memory is None else round(memory.total / 1e9, 1),
         "last_level_cache_mb": round(last_level_cache() / 1e6, 1),
+        "numpy_kernel": blas(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
@@ -213,8 +215,10 @@ def _tries(precision: str, rounds: int) -> Mapping[str, float | None]:
         if precision == "fp32":
             found[f"numpy ({blas()}), {side} x {side}"] = operations / _best(_numpy(side), few)
         if importlib.util.find_spec("torch") is not None:
-            work = _torch(side, precision)
-            found[f"torch, {side} x {side}"] = operations / _best(work, few)
+            # Some builds of torch have no product of 8-bit matrices.
+            with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
+                seconds = _best(_torch(side, precision), few)
+                found[f"torch, {side} x {side}"] = operations / seconds
         if importlib.util.find_spec("openvino") is not None:
             chain = _openvino(side, precision)
             found[f"OpenVINO, {_CHAIN} in a row of {side} x {side}"] = (

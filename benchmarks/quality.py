@@ -8,8 +8,9 @@ The same prompts and seeds are drawn by all: PSNR and SSIM of each image against
 (`--checkpoint`) or, without torch, against the fp32 file; and what the bundle's classifier says of
 either picture. Beside each variant stands its control, the picture that fewer steps make: the
 fastest fp32 engine with as many steps as fit in the variant's time, for what is worse than that at
-the same time is not worth having. A tier that forecasts steps has a second control, its own engine
-with fewer steps. Times are of rounds in which all take turns, prompt after prompt.
+the same time is not worth having. A tier that forecasts steps has two more, by its own engine: as
+many steps as fit in its time, and as many as the transformer was called for it, which no noise of a
+machine changes. Times are of rounds in which all take turns, prompt after prompt.
 
 `--photographs` compares the classifier's own precisions on a dataset's pictures: AUC with a paired
 bootstrap over patients or lesions, probabilities, decisions and the gate's. `--fail-under` ends in
@@ -51,6 +52,8 @@ from dermaflux.request import validate
 
 TOO_FAR: Final = 1
 """Exit status where a variant is under `--fail-under`."""
+SAME_CALLS: Final = "fewer_steps_same_calls"
+"""The control that is given as many calls of the transformer, not as much time."""
 _CALIBRATION: Final = 3
 """Rounds that tell how many steps fit in a variant's time."""
 
@@ -141,8 +144,8 @@ def measure(
 
 
 def controls(sides: Mapping[str, Side], variants: Sequence[Variant]) -> dict[str, dict[str, str]]:
-    """By variant the sides that its controls are drawn with: the fastest in fp32, and, for a tier
-    that forecasts, the side of the same engine and precision that does not."""
+    """By variant and kind the sides that its controls are drawn with: the fastest in fp32, and, for
+    a tier that forecasts, the side of the same engine and precision that does not."""
     engines = {one.name: sides[one.name].pipeline.engines["transformer"] for one in variants}
     guessing = {one.name for one in variants if one.tier is not None and forecasts(one.tier)}
     exact = [name for name, one in engines.items()
@@ -154,8 +157,16 @@ def controls(sides: Mapping[str, Side], variants: Sequence[Variant]) -> dict[str
         found[one.name] = {} if one.name in exact else {"fewer_steps_fp32": fastest}
         same = f"{engines[one.name].name} {engines[one.name].precision}"
         if one.name in guessing and same in sides:
-            found[one.name]["fewer_steps_same_engine"] = same
+            found[one.name] |= {"fewer_steps_same_engine": same, SAME_CALLS: same}
     return found
+
+
+def fewer_steps(kind: str, base: Side, variant: Side) -> int:
+    """Steps of a control: those of the variant's calls, or as many as fit in its time."""
+    calls = [one.calls for one in variant.spent if one.calls is not None]
+    if kind == SAME_CALLS and calls:
+        return round(statistics.median(calls))
+    return base.fewer(statistics.median(one.total for one in variant.spent))
 
 
 def forecasts(name: str) -> bool:
@@ -257,10 +268,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     measure(sides, settings, prompts, min(_CALIBRATION, settings.prompts))
     drawn_with = controls(sides, variants)
     fewer = {
-        f"{name}: {kind}": Side(
-            sides[base].pipeline,
-            sides[base].fewer(statistics.median(s.total for s in sides[name].spent)),
-        )
+        f"{name}: {kind}": Side(sides[base].pipeline, fewer_steps(kind, sides[base], sides[name]))
         for name, kinds in drawn_with.items()
         for kind, base in kinds.items()
     }

@@ -82,6 +82,10 @@ def test_as_many_steps_as_fit_in_the_time(fake_pipeline: Pipeline) -> None:
     others = dict.fromkeys(STAGES, 0.1) | {"denoise": 1.0}
     side.spent = [Spent(others, (0.1,) * 10)]
     assert [side.fewer(seconds) for seconds in (0.1, 0.75, 1.05, 99)] == [1, 2, 5, 10]
+    quick = Spent(dict.fromkeys(STAGES, 0.1) | {"denoise": 0.35}, (0.1,) * 10, calls=6)
+    variant = quality.Side(fake_pipeline, 10, [quick])
+    assert quality.fewer_steps("fewer_steps_same_engine", side, variant) == 3
+    assert quality.fewer_steps("fewer_steps_same_calls", side, variant) == 6
 
 
 def test_a_forecasting_tier_is_also_held_against_its_own_engine(
@@ -116,6 +120,7 @@ def test_a_forecasting_tier_is_also_held_against_its_own_engine(
     assert told["tier cached"] == {
         "fewer_steps_fp32": "openvino-cpu fp32",
         "fewer_steps_same_engine": "openvino-cpu int8",
+        "fewer_steps_same_calls": "openvino-cpu int8",
     }
 
 

@@ -13,6 +13,7 @@ from benchmarks.stages import STAGES, Counting, Spent
 from benchmarks.variants import Variant
 from dermaflux import dataset
 from dermaflux.bundle import Bundle
+from dermaflux.classifier import Prediction
 from dermaflux.errors import DatasetError
 from dermaflux.pipeline import Pipeline
 from tests.tiny_bundle import write_bundle
@@ -158,6 +159,28 @@ def test_a_change_of_auc_has_an_interval_over_groups() -> None:
     # Pictures of a lesion move together: half as many that are independent, so a wider interval.
     _, low_of_groups, high_of_groups = similarity.auc_change(base + noise, base, positive, alike)
     assert high_of_groups - low_of_groups > high - low
+
+
+def test_what_the_classifier_decides_otherwise_is_counted() -> None:
+    def said(probability: float, decision: str, accepted: bool = True) -> Prediction:
+        label = "malignant" if probability >= 0.5 else "benign"
+        return Prediction(label, probability, 0.5, decision, (0.0, 0.0), accepted)
+
+    pictures = [
+        quality_classifier.Photograph(Path(f"{n}.jpg"), n % 2 == 1, str(n)) for n in range(4)
+    ]
+    reference = [
+        said(0.1, "benign"), said(0.6, "malignant"), said(0.2, "benign"), said(0.9, "malignant")
+    ]  # fmt: skip
+    ours = [
+        said(0.1, "benign"), said(0.4, "abstain"), said(0.45, "benign"),
+        said(0.9, "abstain", accepted=False),
+    ]  # fmt: skip
+    row = quality_classifier.beside(ours, reference, pictures, gated=True)
+    assert (row["labels_changed"], row["decisions_changed"], row["gate_changed"]) == (1, 2, 1)
+    assert (row["auc"], row["auc_change"]) == (0.75, -0.25)
+    assert row["probability_change_most"] == pytest.approx(0.25)
+    assert quality_classifier.beside(ours, reference, pictures, gated=False)["gate_changed"] is None
 
 
 def test_photographs_are_spread_evenly_and_need_both_labels(collection: Path) -> None:

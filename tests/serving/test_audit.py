@@ -243,6 +243,35 @@ def test_who_writes_the_whole_anew_needs_the_key(tmp_path):
     assert not verify(false.files, None, anchors[-1:]).holds
 
 
+def test_lines_of_another_log_do_not_fit(site, tmp_path):
+    """Another site's, and one that was sealed with the very same key."""
+    site.fill(4)
+    lines = site.lines
+    for key in (None, site.key.read_bytes()):
+        other = Site(tmp_path / f"other{bool(key)}")
+        other.folder.parent.mkdir()
+        if key:
+            other.key.write_bytes(key)
+        other.fill(6)
+        for cut in range(1, 5):
+            site.rewrite([*lines[:cut], *other.lines[cut:]])
+            (site.folder / "head.json").write_bytes((other.folder / "head.json").read_bytes())
+            assert not site.verify().holds
+            assert not site.verify(keyed=False).holds
+            site.rewrite([*lines[:cut], other.lines[cut], *lines[cut:]])
+            assert not site.verify().holds
+
+
+def test_a_folder_that_was_emptied_is_begun_anew_and_anchors_tell(site):
+    anchors = site.fill(3)
+    for file in [*site.folder.iterdir(), site.key]:
+        file.unlink()
+    site.fill(3)
+    assert site.events[0] == "begun"
+    assert site.verify().holds
+    assert not site.verify(anchors=anchors[-1:]).holds
+
+
 def test_an_older_head_does_not_fool_anchors(site):
     site.fill(3)
     old = (site.folder / "head.json").read_bytes(), site.lines

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dermaflux import __version__, memory
+from dermaflux import __version__, memory, tiers
 from dermaflux.bundle import GENERATOR_PARTS, Bundle, Data, sha256
 from dermaflux.engines import ENGINES, Choice, choose, usable_cores
 from dermaflux.errors import BundleError, DermaFluxError, EngineError
@@ -76,6 +76,8 @@ def examine(
     *,
     golden: bool = False,
     machine: Machine | None = None,
+    tier: str | None = None,
+    classifier_tier: str | None = None,
 ) -> Report:
     """Look at a bundle and at this machine. What is wrong is a finding, not an exception."""
     machine = machine or look()
@@ -91,7 +93,7 @@ def examine(
     made = f"{bundle.name} ({bundle.id}), {bundle.made_by}, {bundle.created}"
     found.append(Finding("bundle", OK, made))
     found += _hashes(bundle)
-    findings, choices = _choices(bundle, engine, precision, machine)
+    findings, choices = _choices(bundle, engine, precision, machine, (tier, classifier_tier))
     found += findings
     groups: tuple[tuple[str, ...], ...] = ()
     if all(part in choices for part in GENERATOR_PARTS):
@@ -99,7 +101,7 @@ def examine(
         found.append(finding)
     found += _licences(bundle)
     found += _parity(bundle, choices)
-    found.append(_golden(bundle, engine, precision) if golden else _stored(bundle))
+    found.append(_golden(bundle, engine, precision, tier) if golden else _stored(bundle))
     report = tuple(found)
     return Report(str(path), bundle.id, versions, machine, tuple(choices.values()), groups, report)
 
@@ -176,13 +178,19 @@ def _hashes(bundle: Bundle) -> list[Finding]:
 
 
 def _choices(
-    bundle: Bundle, engine: str | None, precision: str | None, machine: Machine
+    bundle: Bundle,
+    engine: str | None,
+    precision: str | None,
+    machine: Machine,
+    names: tuple[str | None, str | None],
 ) -> tuple[list[Finding], dict[str, Choice]]:
+    """`names` are the tiers of the generator and of the classifier."""
     found: list[Finding] = []
     choices: dict[str, Choice] = {}
     for part in bundle.parts:
         try:
-            choice = choose(bundle, part, engine, precision, machine)
+            named = _tier(part, *names)
+            choice = choose(bundle, part, engine, precision, machine, tier=named)
         except EngineError as error:
             # Whatever draws needs its four parts; the others are beside it.
             needed = part in GENERATOR_PARTS or part == "classifier"
@@ -197,6 +205,12 @@ def _choices(
             finding = Finding(about, NOTE, f"not {label}: {why}")
             found += [finding] if finding not in found else []
     return found, choices
+
+
+def _tier(part: str, generator: str | None, classifier: str | None) -> tiers.Tier | None:
+    if part == "classifier":
+        return None if classifier is None else tiers.classifier_tier(classifier)
+    return None if generator is None else tiers.tier(generator)
 
 
 def _memory(
@@ -266,12 +280,12 @@ def _stored(bundle: Bundle) -> Finding:
     return Finding("golden", NOTE, f"{bundle.golden.image} is there; make it again with --golden")
 
 
-def _golden(bundle: Bundle, engine: str | None, precision: str | None) -> Finding:
+def _golden(bundle: Bundle, engine: str | None, precision: str | None, tier: str | None) -> Finding:
     from dermaflux.golden import check
     from dermaflux.pipeline import Pipeline
 
     try:
-        found = check(bundle, Pipeline.open(bundle, engine=engine, precision=precision))
+        found = check(bundle, Pipeline.open(bundle, engine=engine, precision=precision, tier=tier))
     except DermaFluxError as error:
         return Finding("golden", FAIL, str(error))
     if found is None:

@@ -22,7 +22,7 @@ the same time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -37,6 +37,12 @@ FIRST: Final = 3
 forecasts that can be compared need three points."""
 IN_A_ROW: Final = 8
 """Steps that are forecast without one that is computed, at most, however straight the curve is."""
+BOUNDS: Final[Mapping[str, float]] = {
+    "most_error": MOST_ERROR,
+    "first": FIRST,
+    "in_a_row": IN_A_ROW,
+}
+"""All that decides what is forecast, for the record of whoever draws."""
 _POINTS: Final = 3
 """Computed velocities that are kept: parabolas. A fourth never made a forecast that was taken,
 since a difference of three neighbours has more of a quantized transformer's noise than of the

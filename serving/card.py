@@ -97,6 +97,9 @@ class ClassifierCard(BaseModel):
     abstain: tuple[float, float]
     temperature: float
     input_size: tuple[int, int, int]
+    tier: str | None = Field(
+        default=None, description="What it gives up for speed; null: the fastest precision."
+    )
 
 
 class QueueCard(BaseModel):
@@ -169,6 +172,11 @@ class ModelCard(BaseModel):
     vocabulary: dict[str, list[str]] = {name: list(words) for name, words in VOCABULARY.items()}
     diagnoses: dict[str, str | None] = dict(DIAGNOSES)
     engines: list[EngineCard]
+    tier: str | None = Field(
+        default=None,
+        description="What drawing gives up for speed: with cached, steps are forecast; null: the "
+        "fastest precision, every step computed.",
+    )
     turns: list[list[str]] = Field(
         description="Parts in memory together; more than one list: loaded anew for every image."
     )
@@ -225,6 +233,7 @@ def card_of(
             )
             for choice in choices
         ],
+        tier=settings.tier,
         turns=[list(group) for group in turns],
         golden=GoldenCard(result="pending", words="Nothing has run yet."),
         parity=asdict(bundle.parity),
@@ -243,5 +252,6 @@ def card_of(
             abstain=spec.abstain,
             temperature=spec.temperature,
             input_size=spec.input_size,
+            tier=settings.classifier_tier,
         ),
     )

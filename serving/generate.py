@@ -157,6 +157,7 @@ class Generation:
             bundle=picture.record["bundle"],
             engine=picture.record["engine"],
             precision=picture.record["precision"],
+            tier=picture.record.get("tier"),
             prompt_tokens=picture.prompt_tokens,
             text_length=self._pipeline.model.text_length,
             format=picture.form,

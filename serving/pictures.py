@@ -25,8 +25,9 @@ from dermaflux.request import Request as Wanted
 ZIP = "application/zip"
 MULTIPART = "multipart/mixed"
 
-REPRODUCTION = ("bundle", "seed", "steps", "guidance", "engine", "precision")
-"""Parts of an image's record that are ASCII whatever was asked, so they can be headers."""
+REPRODUCTION = ("bundle", "seed", "steps", "guidance", "engine", "precision", "tier")
+"""Parts of an image's record that are ASCII whatever was asked, so they can be headers. The tier
+is there where steps were forecast."""
 
 PREVIEW_SIDE = 128
 """Pixels of a preview's longer side at most: enough to see where an image goes."""

@@ -34,6 +34,7 @@ from dermaflux.engines import EAGER, Choice, choose
 from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
 from dermaflux.residency import planned
+from dermaflux.tiers import classifier_tier, tier
 from serving import records
 from serving.access import Access, refuse_open_door
 from serving.app import OWN_PATHS, SYSTEM_PATHS, SecurityHeaders, create_app, paths, witnesses
@@ -120,10 +121,11 @@ class DermaFlux:
             bundle = Bundle.open(find_bundle(settings))
             if settings.engine == EAGER:
                 raise EngineError("the eager engine runs a checkpoint; the service runs bundles")
-            choices, plan = planned(bundle, settings.engine, settings.precision)
+            chosen = None if settings.tier is None else tier(settings.tier)
+            choices, plan = planned(bundle, settings.engine, settings.precision, tier=chosen)
             served = [*choices.values()]
             if bundle.classifier and settings.classifier:
-                served.append(choose(bundle, "classifier", settings.engine, settings.precision))
+                served.append(_classifier(bundle, settings))
             refuse_open_door(settings, listening_host())
             refuse_pickle_over_tcp()
             _refuse_damage(bundle, served)
@@ -199,13 +201,16 @@ class DermaFlux:
         """Load the generator, put the app behind the mount, and prove it; runs in a thread."""
         begin = time.monotonic()
         settings = self._settings
-        forced = (settings.engine, settings.precision)
         pipeline = Pipeline.open(
-            bundle, engine=forced[0], precision=forced[1], threads=settings.threads
+            bundle,
+            engine=settings.engine,
+            precision=settings.precision,
+            tier=settings.tier,
+            threads=settings.threads,
         )
         choices = [*pipeline.choices.values()]
         if bundle.classifier is not None and settings.classifier:
-            choices.append(choose(bundle, "classifier", *forced))
+            choices.append(_classifier(bundle, settings))
         assert pipeline.plan is not None, "planned where a bundle is opened"
         card = card_of(bundle, choices, settings, pipeline.plan.groups)
         self._app = create_app(
@@ -225,6 +230,13 @@ class DermaFlux:
         if found.result != "failed":
             self._app.state.drawing.learn()
         return found
+
+
+def _classifier(bundle: Bundle, settings: Settings) -> Choice:
+    """What runs the classifier, in its own process."""
+    name = settings.classifier_tier
+    chosen = None if name is None else classifier_tier(name)
+    return choose(bundle, "classifier", settings.engine, settings.precision, tier=chosen)
 
 
 def _refuse_damage(bundle: Bundle, served: Iterable[Choice]) -> None:

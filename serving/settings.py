@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dermaflux.errors import DermaFluxError
+from dermaflux.tiers import CLASSIFIER_TIERS, TIERS
 from serving.audit.log import FSYNC
 from serving.keyring import ROLES
 
@@ -39,6 +40,22 @@ class Settings:
     )
     precision: str | None = field(
         default=None, metadata={"help": "force one precision, such as fp32"}
+    )
+    tier: str | None = field(
+        default=None,
+        metadata={
+            "help": "what drawing may give up for speed: lossless, fp8, int8, or cached, which "
+            "forecasts steps; the fastest precision, every step computed, if not given",
+            "of": TIERS,
+        },
+    )
+    classifier_tier: str | None = field(
+        default=None,
+        metadata={
+            "help": "the same of the classifier: lossless, int8, fp8, or pruned, which looks at "
+            "fewer pieces of the photograph; the fastest precision if not given",
+            "of": CLASSIFIER_TIERS,
+        },
     )
     threads: int | None = field(
         default=None, metadata={"help": "threads per engine; all cores if not given", "min": 1}

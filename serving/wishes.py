@@ -208,6 +208,9 @@ class StreamImage(BaseModel):
     bundle: str
     engine: str
     precision: str
+    tier: str | None = Field(
+        default=None, description="Where steps were forecast: what was given up for speed."
+    )
     prompt_tokens: int
     text_length: int = Field(description="Tokens of the prompt beyond this are not read.")
     format: Form

@@ -69,7 +69,7 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
     tell_cut(items, bundle)
     tools = Tools(
         settings.bundle, settings.engine, settings.precision, settings.threads,
-        thresholds(settings, bundle), settings.seen,
+        thresholds(settings, bundle), settings.seen, settings.tier,
     )  # fmt: skip
     require_allowed(settings.policy, bundle, tools.gate)
     if settings.seen is not None:

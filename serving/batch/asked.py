@@ -10,6 +10,7 @@ from dermaflux.bundle import Bundle
 from dermaflux.errors import BundleError, RequestError
 from dermaflux.licence import LicenceError
 from dermaflux.policy import Policy, judge_bundle
+from dermaflux.tiers import tier
 from dermaflux.tokens import Tokens
 from serving.batch import plan, requests
 from serving.batch.items import Bad, Item
@@ -24,6 +25,7 @@ def check(settings: Settings) -> None:
 
     Raises:
         RequestError: the option, the value found and the value needed.
+        EngineError: the same, of a tier.
     """
     if (settings.requests is None) == (settings.plan is None):
         raise RequestError("requests", "name a file of requests, or a --plan, and not both")
@@ -35,6 +37,8 @@ def check(settings: Settings) -> None:
             raise RequestError(f"--{name}", f"{value} is out of range; use 1 or more")
     if settings.seed < 0:
         raise RequestError("--seed", f"{settings.seed} is out of range; use 0 or more")
+    if settings.tier is not None:
+        tier(settings.tier)
     if settings.embed and not settings.parquet:
         raise RequestError("--embed", "is for --parquet; name both")
     if settings.seen is not None and settings.gate == "off":

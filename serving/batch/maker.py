@@ -24,10 +24,11 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from dermaflux import forecast
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
 from dermaflux.decode import Pixels
-from dermaflux.engines import Choice, library
+from dermaflux.engines import library
 from dermaflux.errors import Cancelled, DermaFluxError
 from dermaflux.flow import Floats
 from dermaflux.hardware import look, processor, usable_cores
@@ -58,6 +59,7 @@ class Tools:
     threads: int | None = None
     gate: Thresholds | None = None
     seen: Path | None = None
+    tier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,11 @@ class Maker:
         """
         bundle = Bundle.open(tools.bundle)
         pipeline = Pipeline.open(
-            bundle, engine=tools.engine, precision=tools.precision, threads=tools.threads
+            bundle,
+            engine=tools.engine,
+            precision=tools.precision,
+            tier=tools.tier,
+            threads=tools.threads,
         )
         gate = None
         threads = tools.threads or usable_cores()
@@ -115,7 +121,7 @@ class Maker:
                 judge = Classifier.open(bundle, threads=tools.threads, gated=False)
             seen = None if tools.seen is None else Index.load(tools.seen)
             gate = Gate(tools.gate, judge, seen)
-        return cls(pipeline, gate, _details(bundle, pipeline.choices, threads))
+        return cls(pipeline, gate, _details(bundle, pipeline, threads))
 
     @property
     def in_turns(self) -> bool:
@@ -200,11 +206,13 @@ def _words(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _details(bundle: Bundle, choices: Mapping[str, Choice], threads: int) -> dict[str, Any]:
-    """What decides the pixels beside the request: files, engines, their versions, the machine.
+def _details(bundle: Bundle, pipeline: Pipeline, threads: int) -> dict[str, Any]:
+    """What decides the pixels beside the request: files, engines, their versions, the machine, and
+    a tier that forecasts steps, with its bounds.
 
     Threads are among it: they cut long sums into as many parts, which changes the last bits.
     """
+    choices = pipeline.choices
     machine = look()
     return {
         "bundle": bundle.id,
@@ -223,6 +231,7 @@ def _details(bundle: Bundle, choices: Mapping[str, Choice], threads: int) -> dic
         "processor": processor(),
         "threads": threads,
         "gpus": [gpu.name for gpu in machine.gpus],
+        **({"forecast": forecast.BOUNDS} if pipeline.forecasts else {}),
     }
 
 

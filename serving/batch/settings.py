@@ -40,6 +40,10 @@ class Settings:
     )
     engine: str | None = option("run this one; default: the fastest", None)
     precision: str | None = option("run this one; default: the fastest", None)
+    tier: str | None = option(
+        "what may be given up for speed: lossless, fp8, int8, or cached, which forecasts steps",
+        None,
+    )
     threads: int | None = option("of an engine; default: all cores", None)
     batch: int | None = option("pictures denoised together; default: what the bundle allows", None)
     webdataset: int | None = option("also write tar files of so many pictures", None)

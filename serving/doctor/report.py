@@ -23,7 +23,7 @@ from typing import Any, Final
 from dermaflux import doctor
 from dermaflux.bundle import Bundle
 from dermaflux.errors import BundleError
-from dermaflux.licence import LicenceError
+from dermaflux.licence import USES, LicenceError
 from dermaflux.policy import Policy, judge_bundle
 from serving.audit import ending
 from serving.audit.secret import AuditError, Secrets
@@ -95,15 +95,21 @@ def report(
     found: list[Finding] = []
     looked = None
     if core:
-        looked = doctor.examine(path, settings.engine, settings.precision, golden=golden)
+        looked = doctor.examine(
+            path,
+            settings.engine,
+            settings.precision,
+            golden=golden,
+            tier=settings.tier,
+            classifier_tier=settings.classifier_tier,
+        )
         found += [Finding(f.about, f.state, f.words) for f in looked.findings]
     opened = bundle if isinstance(bundle, Bundle) else None
     try:
         opened = opened or Bundle.open(path)
     except BundleError as error:
         found += [] if core else [Finding("bundle", FAIL, str(error))]
-    if opened is not None:
-        found += policy(settings, opened)
+    found += policy(settings, opened)
     found += access.api_keys(settings, moment)
     found += access.https(settings, moment)
     found += access.signing(settings, moment)
@@ -117,14 +123,19 @@ def report(
     return Report(str(path), opened.id if opened else None, tuple(found), looked)
 
 
-def policy(settings: Settings, bundle: Bundle) -> list[Finding]:
-    """The bundle's licences under the site's policy, with or without its classifier."""
+def policy(settings: Settings, bundle: Bundle | None) -> list[Finding]:
+    """The bundle's licences under the site's policy, with or without its classifier; of the policy
+    alone whether there is such a one."""
     named = str(planned(settings, "policy") or DEFAULT_POLICY)
     served = planned(settings, "classifier") is not False
     try:
-        verdict = judge_bundle(bundle, Policy.of(named), classifier=served)
+        rules = Policy.of(named)
+        if bundle is None:
+            return []
+        verdict = judge_bundle(bundle, rules, classifier=served)
     except LicenceError as error:
-        return [Finding("policy", FAIL, str(error))]
+        mend = f"set DERMAFLUX_POLICY to one of {', '.join(USES)}, or to a file that is there"
+        return [Finding("policy", FAIL, str(error), mend)]
     if verdict.allowed:
         terms = verdict.terms or "no terms but naming whom it names"
         return [Finding("policy", OK, f"{named} lets it pass, under {terms}")]
@@ -143,9 +154,12 @@ def audit(settings: Settings, now: datetime) -> list[Finding]:
     try:
         listed = ending.files_of(folder) if folder.is_dir() else []
         known = bool(listed) or (folder / ending.HEAD).exists()
-        if not known:
-            if key.exists():
+        if key.exists():
+            try:
                 Secrets.open(key)
+            except AuditError as error:
+                return [Finding("audit key", FAIL, str(error), f"cp -p BACKUP_OF_THE_KEY {key}")]
+        if not known:
             return [Finding("audit", OK, f"{folder} is begun when the service starts")]
         secrets = Secrets.open(key)
         head = ending.read_head(folder, secrets)

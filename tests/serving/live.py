@@ -30,6 +30,7 @@ from dermaflux.flow import Schedule
 from dermaflux.intake import Intake
 from dermaflux.pipeline import Pipeline
 from dermaflux.prompt import WORDING
+from dermaflux.tiers import tier
 from dermaflux.tokens import Tokens
 from serving.app import create_app
 from serving.card import GoldenCard, ModelCard, card_of
@@ -188,6 +189,7 @@ def running(
         {"tokenizer": tokens(), "tokenizer_2": tokens()},
         engines,
         origin,
+        tier=None if configured.tier is None else tier(configured.tier),
     )
     if scores is None and classifies:
         opening: Future[Scoring] = Future()

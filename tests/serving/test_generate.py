@@ -395,6 +395,7 @@ def test_stream_tells_every_step_then_the_same_image(live: Live) -> None:
         "bundle": "0123456789abcdef",
         "engine": "fake",
         "precision": "fp32",
+        "tier": None,
         "prompt_tokens": 6,
         "text_length": 16,
     }

@@ -78,13 +78,13 @@ def evidence_of(engines: Mapping[str, Engine]) -> dict[str, Any]:
     """By part: engine, precision, what its executed graph computes in, calls where counted."""
     found: dict[str, Any] = {}
     for part, given in engines.items():
-        engine = given.engine if isinstance(given, Counted) else given
+        engine: Engine = given.engine if isinstance(given, Counted) else given
         told: dict[str, Any] = {"engine": engine.name, "precision": engine.precision}
         computes = operations(engine)
         if computes:
             told["computes"] = computes
         if isinstance(given, Counted):
-            told["calls"] = given.calls
+            told |= {"calls": given.calls, "items": given.items}
         found[part] = told
     return found
 

@@ -62,7 +62,8 @@ def https(settings: Settings, now: datetime) -> list[Finding]:
     try:
         options = tls.options(settings)
     except SettingError as error:
-        return [Finding("tls", FAIL, str(error))]
+        named = " ".join(str(one) for one in (settings.tls_cert, settings.tls_key) if one)
+        return [Finding("tls", FAIL, str(error), f"ls -l {named}")]
     if not options:
         words = "no HTTPS: what is sent can be read on its way, unless a proxy ends TLS before"
         return [Finding("tls", NOTE, words, "set DERMAFLUX_TLS_CERT and DERMAFLUX_TLS_KEY")]

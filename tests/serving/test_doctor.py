@@ -118,6 +118,13 @@ def test_what_is_no_bundle_is_a_finding(tmp_path):
         assert [f.state for f in found.findings if f.about == "bundle"] == ["fail"]
 
 
+def test_a_policy_that_is_not_there_is_told_without_a_bundle_too(tmp_path):
+    found = report(Settings(policy="hospital.yaml"), tmp_path / "none", core=False, environment={})
+    (one,) = [one for one in found.findings if one.about == "policy"]
+    assert (one.state, "hospital.yaml is no policy" in one.words) == ("fail", True)
+    assert one.mend.startswith("set DERMAFLUX_POLICY")
+
+
 def test_licences_under_the_policy(look, bundle):
     assert look("policy")[0][0] == "ok"
     assert look("policy", policy="comercial")[0][0] == "fail"
@@ -253,7 +260,10 @@ def test_the_audit_log(look, tmp_path):
     assert look("audit", later, **site)[0][0] == "fail"
     key.write_text("no key")
     empty = {"audit": tmp_path / "new", "audit_key": key}
-    assert "is no key of an audit log" in look("audit", later, **empty)[0][1]
+    assert look("audit", later, **empty) == []
+    told = [one for one in look("audit key", later, **empty) if one[0] == "fail"]
+    assert "is no key of an audit log" in told[0][1]
+    assert told[0][2] == f"cp -p BACKUP_OF_THE_KEY {key}"
 
 
 def test_ports(look):

@@ -37,7 +37,7 @@ from dermaflux.flow import MAX_SEED
 from dermaflux.images import decode_upload, encode_png
 from dermaflux.pipeline import Pipeline, Progress, Request
 from dermaflux.prompt import VOCABULARY, Lesion, caption
-from dermaflux.tiers import TIERS, Tier, tier
+from dermaflux.tiers import CLASSIFIER_TIERS, TIERS, Tier, classifier_tier, tier
 
 BUNDLE: Final = Path("bundles/mini")
 PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp")
@@ -138,10 +138,12 @@ def _check_is_of(bundle: Bundle, checkpoint: Path) -> None:
 
 def classify(options: argparse.Namespace) -> int:
     """A JSON line per picture; one that cannot be read is a line with `error`, and others go on."""
+    chosen = None if options.tier is None else classifier_tier(options.tier)
     classifier = Classifier.open(
-        _bundle(options, ("classifier",)),
+        _bundle(options, ("classifier",), chosen),
         options.engine,
         options.precision,
+        tier=options.tier,
         checkpoint=options.checkpoint,
         threads=options.threads,
     )
@@ -267,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.set_defaults(run=generate)
 
     sorting = commands.add_parser("classify", parents=[shared, forced], help="rate photographs")
+    sorting.add_argument("--tier", choices=CLASSIFIER_TIERS, help="what may be given up for speed")
     sorting.add_argument("pictures", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
     sorting.set_defaults(run=classify)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dermaflux import tiers
 from dermaflux.bundle import Bundle, ClassifierSpec
 from dermaflux.engines import Choice, Engine, choose, load
 from dermaflux.errors import BundleError, EngineError
@@ -90,16 +91,19 @@ class Classifier:
         engine: str | None = None,
         precision: str | None = None,
         *,
+        tier: str | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         threads: int | None = None,
         gated: bool = True,
     ) -> Classifier:
-        """The classifier of a bundle; without its gate it judges whatever it is shown.
+        """The classifier of a bundle; without its gate it judges whatever it is shown. `tier` is
+        one of `dermaflux.tiers.CLASSIFIER_TIERS`.
 
         Raises:
             BundleError: the bundle cannot be opened, or has no classifier.
             EngineError: an engine cannot be had.
         """
+        chosen = None if tier is None else tiers.classifier_tier(tier)
         if not isinstance(bundle, Bundle):
             bundle = Bundle.open(bundle)
         if bundle.classifier is None:
@@ -107,7 +111,7 @@ class Classifier:
                 f"the bundle {bundle.name} has no classifier; add one to the checkpoint "
                 "(classifier/) and export again"
             )
-        choice = choose(bundle, "classifier", engine, precision)
+        choice = choose(bundle, "classifier", engine, precision, tier=chosen)
         weights = None if checkpoint is None else Path(checkpoint)
         loaded = load(bundle, choice, checkpoint=weights, threads=threads)
         spec = bundle.classifier

@@ -158,6 +158,7 @@ def opened(settings: Settings) -> Scoring:
     forced: Mapping[str, Any] = {
         "engine": settings.engine,
         "precision": settings.precision,
+        "tier": settings.classifier_tier,
         "threads": settings.threads,
     }
     classifier = Classifier.open(bundle, **forced)

@@ -65,6 +65,8 @@ def test_a_long_prompt_is_noted(run, tmp_path):
         (("--prompt", "x", "--guidance", "nan"), "guidance: nan is out of range"),
         (("--prompt", "x", "--count", "2", "--out", "a.png"), "name a folder"),
         (("--prompt", "x", "--precision", "int4"), "precision 'int4' is not in"),
+        (("--prompt", "x", "--tier", "fp8"), "tier 'fp8' needs transformer in fp8, and"),
+        (("--prompt", "x", "--tier", "int8", "--precision", "fp32"), "contradicts tier 'int8'"),
         (("--prompt", "x", "--engine", "eager"), "--checkpoint: is missing; --engine eager runs"),
         (("--prompt", "x", "--checkpoint", "c"), "--checkpoint: goes with --engine eager only"),
         (("--prompt", "x", "--device", "cuda"), "device 'cuda' cannot be chosen"),
@@ -138,6 +140,23 @@ def test_parts_in_turns_draw_the_same(run, tmp_path, residency):
         return np.asarray(Image.open(tmp_path / name))
 
     assert np.array_equal(draw("a.png"), draw("b.png", "--residency", residency))
+
+
+def test_tiers_by_name(run, tmp_path):
+    arguments = ("generate", "--prompt", "benign lesion", "--seed", 1, "--steps", 12, "--out")
+    _, (plain,), _ = run(*arguments, tmp_path / "plain.png")
+    status, (line,), _ = run(*arguments, tmp_path / "a.png", "--tier", "cached")
+    assert status == 0
+    assert line == {**plain, "file": str(tmp_path / "a.png"), "tier": "cached"}
+    assert read_marks((tmp_path / "a.png").read_bytes())["dermaflux.tier"] == "cached"
+    _, (line,), _ = run(*arguments, tmp_path / "b.png", "--tier", "lossless")
+    assert (line["precision"], "tier" in line) == ("fp32", False)
+
+    status, _, _ = run("classify", tmp_path / "a.png", "--tier", "int8")
+    assert status == 0
+    status, _, err = run("classify", tmp_path / "a.png", "--tier", "pruned")
+    assert status == 2
+    assert "tier 'pruned' needs classifier in int8-pruned" in err
 
 
 def test_pictures_are_classified_and_bad_ones_named(run, tmp_path):

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from dermaflux.bundle import Bundle, sha256
 from dermaflux.command import ended, parsed
 from dermaflux.errors import Cancelled
+from dermaflux.marks import Marker
 from dermaflux.thumbnails import Index
 from serving.batch.asked import asked, check, require_allowed, tell_cut, thresholds
 from serving.batch.connection import reachable
@@ -40,6 +41,7 @@ from serving.batch.items import Bad, Item
 from serving.batch.job import Folder, Job
 from serving.batch.journal import Entry, Journal, read
 from serving.batch.maker import Maker, Tools, Try
+from serving.batch.marked import opened
 from serving.batch.rehearsal import rehearsal
 from serving.batch.resume import check_same, forget_missing, remaining
 from serving.batch.settings import Settings
@@ -56,6 +58,7 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
     Raises:
         DatasetError, RequestError, BundleError, EngineError: bad input, found before any picture.
         LicenceError: the policy forbids what the bundle is made of.
+        MarksError, RegistryError: pictures are to be signed, and cannot be.
         Cancelled: asked to stop; the same call goes on.
         DiskFull: the disk is full; the same call goes on when there is room.
     """
@@ -84,7 +87,8 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
         return 0
     reachable(settings)
     with stopping_when_full(settings.out):
-        count, told = go_on(settings, tools, job, bundle, shard, items, bad, cancelled)
+        marker = opened(settings.marks, bundle.id, os.environ)
+        count, told = go_on(settings, tools, job, bundle, shard, items, bad, marker, cancelled)
     drawn = count.kept + count.rejected
     rate = round(drawn / count.seconds, 3) if drawn else None
     told |= {"drawn": drawn, "seconds": round(time.monotonic() - started, 1),
@@ -96,7 +100,8 @@ def run(settings: Settings, cancelled: Callable[[], bool] = lambda: False) -> in
 
 def go_on(
     settings: Settings, tools: Tools, job: Job, bundle: Bundle, shard: Shard,
-    items: Sequence[Item], bad: Sequence[Bad], cancelled: Callable[[], bool],
+    items: Sequence[Item], bad: Sequence[Bad], marker: Marker | None,
+    cancelled: Callable[[], bool],
 ) -> tuple[Count, dict[str, Any]]:  # fmt: skip
     """Draw what is left and finish if nothing is; what came of it, and what to say of the job."""
     folder = Folder(settings.out, f"{shard.number}-of-{shard.of}")
@@ -111,7 +116,8 @@ def go_on(
         del ledger  # it is large, and another is read at the end
         count = Count()
         if left:
-            count = draw(settings, tools, folder, journal, left, len(mine), cancelled)
+            store = Store(folder, journal, marker)
+            count = draw(settings, tools, folder, store, left, len(mine), cancelled)
         found = finish(
             folder, job, bundle, items, bad,
             Forms(settings.webdataset, settings.parquet, settings.embed),
@@ -150,11 +156,10 @@ def _pause() -> float:
 
 
 def draw(
-    settings: Settings, tools: Tools, folder: Folder, journal: Journal, left: Sequence[Try],
+    settings: Settings, tools: Tools, folder: Folder, store: Store, left: Sequence[Try],
     share: int, cancelled: Callable[[], bool],
 ) -> Count:  # fmt: skip
     """Draw what is left, here or on a cluster, with a progress bar."""
-    store = Store(folder, journal)
     with tqdm(
         total=share, initial=share - len(left), unit="img", mininterval=_pause(), desc="pictures"
     ) as bar:

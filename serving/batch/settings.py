@@ -38,6 +38,11 @@ class Settings:
         "private, research, commercial, or a YAML file: what the bundle's licences have to allow",
         "research",
     )
+    marks: Path | None = option(
+        "sign every picture with the keys of this folder, and register its pixels there, as the "
+        "service does; default: DERMAFLUX_MARKS",
+        None,
+    )
     engine: str | None = option("run this one; default: the fastest", None)
     precision: str | None = option("run this one; default: the fastest", None)
     tier: str | None = option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from PIL import Image
 from dermaflux.images import read_marks
 from dermaflux.marks import Marker, MarksError
 from dermaflux.marks.registry import RegistryError
+from serving.batch.__main__ import main
 from serving.batch.journal import Journal
 from serving.batch.marked import VARIABLE, opened
 from serving.batch.store import DiskFull
@@ -126,3 +128,36 @@ def test_the_folder_is_named_by_option_or_environment(tmp_path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MarksError):
         opened(tmp_path / "file/below", BUNDLE, {})
+
+
+def test_the_command_signs(tiny_bundle, tmp_path, capsys, monkeypatch) -> None:
+    asked = tmp_path / "requests.jsonl"
+    lines = [{"lesion": {"label": "benign"}, "steps": 2} for _ in range(5)]
+    asked.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    words = [str(asked), "--bundle", str(tiny_bundle.path), "--threads", "1", "--gate", "off"]
+    marks = tmp_path / "marks"
+    monkeypatch.setenv(VARIABLE, str(marks))
+    assert main([*words, "--out", str(tmp_path / "by-environment")]) == 0
+    monkeypatch.delenv(VARIABLE)
+    assert main([*words, "--out", str(tmp_path / "by-option"), "--marks", str(marks)]) == 0
+    assert main([*words, "--out", str(tmp_path / "bare")]) == 0
+    site = Marker.open(marks, tiny_bundle.id)
+    for name in ("by-environment", "by-option"):
+        assert pixels(tmp_path / name) == pixels(tmp_path / "bare")
+        for data in pictures(tmp_path / name).values():
+            verdict = site.verify(data, crops=False)
+            assert (verdict.exact, verdict.known) == (True, True)
+            assert verdict.manifest.record["bundle"] == tiny_bundle.id
+    assert {len(one) for one in pictures(tmp_path / "bare").values()} != {
+        len(one) for one in pictures(tmp_path / "by-option").values()
+    }
+    # It is the same job, and whole: nothing is drawn or written again.
+    capsys.readouterr()
+    before = pictures(tmp_path / "by-option")
+    again = [*words, "--out", str(tmp_path / "by-option"), "--verify"]
+    assert main(again) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["drawn"] == 0
+    assert pictures(tmp_path / "by-option") == before
+    wrong = [*words, "--out", str(tmp_path / "none"), "--marks", str(asked / "below")]
+    assert main(wrong) == 2
+    assert not (tmp_path / "none").exists()

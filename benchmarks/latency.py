@@ -6,7 +6,8 @@
 
 The variants take turns in every round, so that a noisy machine disturbs all alike; figures are
 medians and percentiles, and speed is a ratio to eager torch of the same round, with its interval.
-What warms up does not count and is told apart: the time to open a variant, and its first image.
+What warms up does not count and is told apart: the time to open a variant (its library is imported
+then, if nobody has yet), and its first image.
 The most memory that a variant takes is measured in a process of its own, the product's command.
 
 Beside each stage stands its floor: its operations over the best rate of a large product of matrices

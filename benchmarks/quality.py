@@ -20,12 +20,10 @@ stdout is one JSON object.
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,25 +33,22 @@ from PIL import Image
 from benchmarks import quality_classifier
 from benchmarks.captions import captions
 from benchmarks.machine import environment
-from benchmarks.measuring import alternate, ratio
+from benchmarks.measuring import ratio
 from benchmarks.quality_classifier import Photograph
+from benchmarks.quality_sides import Asked, Side, controls, fewer_steps, measure
 from benchmarks.results_file import finish
 from benchmarks.similarity import pictures
-from benchmarks.stages import Spent, counted, draw
+from benchmarks.stages import counted
 from benchmarks.variants import Variant, classifiers, listed
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
 from dermaflux.command import at_least, ended, option, parsed
-from dermaflux.decode import Pixels
 from dermaflux.engines import Choice
 from dermaflux.errors import EngineError
-from dermaflux.pipeline import Pipeline
 from dermaflux.request import validate
 
 TOO_FAR: Final = 1
 """Exit status where a variant is under `--fail-under`."""
-SAME_CALLS: Final = "fewer_steps_same_calls"
-"""The control that is given as many calls of the transformer, not as much time."""
 _CALIBRATION: Final = 3
 """Rounds that tell how many steps fit in a variant's time."""
 
@@ -76,31 +71,6 @@ class Settings:
     most: int | None = option("photographs at most, evenly spread; default: all", None)
     fail_under: float | None = option("least median PSNR in dB; less ends in status 1", None)
     out: Path | None = option("write the result there too", None)
-
-
-@dataclass
-class Side:
-    """One who draws: what it drew and what that took, by number of the prompt."""
-
-    pipeline: Pipeline
-    steps: int
-    spent: list[Spent] = field(default_factory=list)
-    made: dict[int, Pixels] = field(default_factory=dict)
-
-    def draw(self, prompts: Sequence[str], settings: Settings, number: int) -> None:
-        """The image of a prompt. Seeds are the same for every side."""
-        request = self.pipeline.request(
-            prompts[number], settings.seed + number, self.steps,
-            height=settings.size, width=settings.size,
-        )  # fmt: skip
-        spent, (self.made[number],) = draw(self.pipeline, [request])
-        self.spent.append(spent)
-
-    def fewer(self, seconds: float) -> int:
-        """Steps that it does in so long, beside all that is not a step: 1 to all of them."""
-        step = statistics.median(one.seconds["denoise"] for one in self.spent) / self.steps
-        rest = statistics.median(one.total - one.seconds["denoise"] for one in self.spent)
-        return min(self.steps, max(1, math.floor((seconds - rest) / step)))
 
 
 def chosen(bundle: Bundle, settings: Settings) -> list[Variant]:
@@ -129,51 +99,6 @@ def chosen(bundle: Bundle, settings: Settings) -> list[Variant]:
     # Controls are drawn in fp32, so that stays whatever is asked for.
     kept = [one for one in found if one.tier or one.precision in (*wanted, "fp32", None)]
     return [reference, *(one for one in kept if one != reference)]
-
-
-def measure(
-    sides: Mapping[str, Side], settings: Settings, prompts: Sequence[str], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of every side by round; what they draw stays with them."""
-    for side in sides.values():
-        side.spent.clear()
-    calls: dict[str, Callable[[int], object]] = {
-        name: partial(side.draw, prompts, settings) for name, side in sides.items()
-    }
-    return alternate(calls, rounds, warm_up=1)
-
-
-def controls(sides: Mapping[str, Side], variants: Sequence[Variant]) -> dict[str, dict[str, str]]:
-    """By variant and kind the sides that its controls are drawn with: the fastest in fp32, and, for
-    a tier that forecasts, the side of the same engine and precision that does not."""
-    engines = {one.name: sides[one.name].pipeline.engines["transformer"] for one in variants}
-    guessing = {one.name for one in variants if one.tier is not None and forecasts(one.tier)}
-    exact = [name for name, one in engines.items()
-             if one.precision == "fp32" and name not in guessing]  # fmt: skip
-    fastest = min(exact, key=lambda name: statistics.median(s.total for s in sides[name].spent))
-    found: dict[str, dict[str, str]] = {}
-    for one in variants[1:]:
-        # What is as good as the reference needs no control.
-        found[one.name] = {} if one.name in exact else {"fewer_steps_fp32": fastest}
-        same = f"{engines[one.name].name} {engines[one.name].precision}"
-        if one.name in guessing and same in sides:
-            found[one.name] |= {"fewer_steps_same_engine": same, SAME_CALLS: same}
-    return found
-
-
-def fewer_steps(kind: str, base: Side, variant: Side) -> int:
-    """Steps of a control: those of the variant's calls, or as many as fit in its time."""
-    calls = [one.calls for one in variant.spent if one.calls is not None]
-    if kind == SAME_CALLS and calls:
-        return round(statistics.median(calls))
-    return base.fewer(statistics.median(one.total for one in variant.spent))
-
-
-def forecasts(name: str) -> bool:
-    """Whether a tier forecasts steps instead of computing them."""
-    from dermaflux.tiers import tier  # type: ignore[import-untyped, unused-ignore]
-
-    return bool(tier(name).forecast)
 
 
 def judged(bundle: Bundle, sides: Mapping[str, Side]) -> dict[str, list[tuple[str, float]]]:
@@ -265,7 +190,8 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         )
         for variant in variants
     }
-    measure(sides, settings, prompts, min(_CALIBRATION, settings.prompts))
+    asked = Asked(prompts, settings.seed, size)
+    measure(sides, asked, min(_CALIBRATION, settings.prompts))
     drawn_with = controls(sides, variants)
     fewer = {
         f"{name}: {kind}": Side(sides[base].pipeline, fewer_steps(kind, sides[base], sides[name]))
@@ -273,7 +199,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         for kind, base in kinds.items()
     }
     everyone = {**sides, **fewer}
-    seconds = measure(everyone, settings, prompts, settings.prompts)
+    seconds = measure(everyone, asked, settings.prompts)
     rows = table(bundle, everyone, seconds, variants[0].name, drawn_with)
     result: dict[str, Any] = {
         "environment": before,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import quality, quality_classifier, similarity
+from benchmarks import quality, quality_classifier, quality_sides, similarity
 from benchmarks.stages import STAGES, Counting, Spent
 from benchmarks.variants import Variant
 from dermaflux import dataset
@@ -78,29 +78,29 @@ def test_images_that_are_too_far_are_status_1(
 
 
 def test_as_many_steps_as_fit_in_the_time(fake_pipeline: Pipeline) -> None:
-    side = quality.Side(fake_pipeline, steps=10)
+    side = quality_sides.Side(fake_pipeline, steps=10)
     # Half a second of everything else, and a tenth for each step.
     others = dict.fromkeys(STAGES, 0.1) | {"denoise": 1.0}
     side.spent = [Spent(others, (0.1,) * 10)]
     assert [side.fewer(seconds) for seconds in (0.1, 0.75, 1.05, 99)] == [1, 2, 5, 10]
     quick = Spent(dict.fromkeys(STAGES, 0.1) | {"denoise": 0.35}, (0.1,) * 10, calls=6)
-    variant = quality.Side(fake_pipeline, 10, [quick])
-    assert quality.fewer_steps("fewer_steps_same_engine", side, variant) == 3
-    assert quality.fewer_steps("fewer_steps_same_calls", side, variant) == 6
+    variant = quality_sides.Side(fake_pipeline, 10, [quick])
+    assert quality_sides.fewer_steps("fewer_steps_same_engine", side, variant) == 3
+    assert quality_sides.fewer_steps("fewer_steps_same_calls", side, variant) == 6
 
 
 def test_a_forecasting_tier_is_also_held_against_its_own_engine(
     fake_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "forecasts", lambda name: name == "cached")
+    monkeypatch.setattr(quality_sides, "forecasts", lambda name: name == "cached")
 
-    def side(engine: str, precision: str, seconds: float) -> quality.Side:
+    def side(engine: str, precision: str, seconds: float) -> quality_sides.Side:
         pipeline = copy.copy(fake_pipeline)
         named = Counting(fake_pipeline.engines["transformer"])
         named.name, named.precision = engine, precision
         pipeline.engines = {"transformer": named}
         spent = Spent(dict.fromkeys(STAGES, seconds), ())
-        return quality.Side(pipeline, 4, [spent])
+        return quality_sides.Side(pipeline, 4, [spent])
 
     found = [
         Variant("eager"), Variant("openvino-cpu", "fp32"), Variant("openvino-cpu", "int8"),
@@ -114,7 +114,7 @@ def test_a_forecasting_tier_is_also_held_against_its_own_engine(
         "tier int8": side("openvino-cpu", "int8", 1),
         "tier cached": side("openvino-cpu", "int8", 0.5),
     }
-    told = quality.controls(sides, found)
+    told = quality_sides.controls(sides, found)
     assert told["openvino-cpu fp32"] == told["tier lossless"] == {}
     assert told["openvino-cpu int8"] == {"fewer_steps_fp32": "openvino-cpu fp32"}
     assert told["tier int8"] == {"fewer_steps_fp32": "openvino-cpu fp32"}
@@ -126,10 +126,10 @@ def test_a_forecasting_tier_is_also_held_against_its_own_engine(
 
 
 def test_every_side_draws_the_same_seed(fake_pipeline: Pipeline) -> None:
-    settings = quality.Settings(prompts=2, size=32)
-    prompts = ["a benign lesion", "a malignant lesion"]
-    sides = {name: quality.Side(fake_pipeline, 2) for name in ("one", "other")}
-    quality.measure(sides, settings, prompts, 2)
+    asked = quality_sides.Asked(["a benign lesion", "a malignant lesion"], seed=0, size=32)
+    sides = {name: quality_sides.Side(fake_pipeline, 2) for name in ("one", "other")}
+    seconds = quality_sides.measure(sides, asked, 2)
+    assert len(seconds["one"]) == len(sides["one"].spent) == 2
     for number in (0, 1):
         assert (sides["one"].made[number] == sides["other"].made[number]).all()
     assert (sides["one"].made[0] != sides["one"].made[1]).any()

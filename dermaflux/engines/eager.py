@@ -125,9 +125,10 @@ def load(
     `precision` names a dtype (`fp32`, `bf16`, `fp16`), or is `fp8`: that of the transformer's
     blocks; other parts are in bf16 then. `fast` runs the transformer with our own forward, equal to
     diffusers' within rounding (`dermaflux.engines.flux`), as `compile` and `fp8` do too; on CUDA
-    its blocks are then compiled and its forward is a graph. `compile` puts torch.compile around
-    other parts and around blocks on a CPU too: it pays after minutes. `threads` is torch's number
-    for the whole process: torch has no other.
+    its blocks are then compiled and its forward is a graph. A fast decoder has its channels last,
+    and is compiled on CUDA. `compile` puts torch.compile around other parts and around blocks on a
+    CPU too: it pays after minutes. `threads` is torch's number for the whole process: torch has no
+    other.
 
     Raises:
         EngineError: the part cannot be opened, torch has no such device, or no such precision.
@@ -152,6 +153,10 @@ def load(
         )
     with _LOADING:
         part_module: Any = module(checkpoint, part, dtype).to(place)
+    if fast and part == "vae_decoder":
+        # Convolutions' own order: 1.1 to 1.3 times as fast on a CPU, and what compilers ask for.
+        part_module.to(memory_format=torch.channels_last)
+        compile = compile or place.type == "cuda"
     return EagerEngine(
         model=torch.compile(part_module) if compile else part_module,
         inputs=part_module.inputs,

@@ -129,7 +129,7 @@ class FluxEngine:
         fixed = _FIXED if flux.guidance is not None else _FIXED[:-1]
         self.inputs = ("hidden_states", *fixed[:2], "timestep", *fixed[2:])
         self._fixed = frozenset(fixed)
-        self._weight = flux.image_in.weight
+        self._like = flux.image_in.bias
         self._capture = capture
         self._replayed: dict[tuple[torch.Size, torch.Size], Replayed] = {}
         self._shapes: set[tuple[torch.Size, torch.Size]] = set()
@@ -205,11 +205,11 @@ class FluxEngine:
 
     def _work(self, given: Tensors, blocks: Blocks | None) -> Tensor:
         compiled = (blocks.double, blocks.single) if blocks else (None, None)
-        with attention_order(self._weight.device):
+        with attention_order(self._like.device):
             return velocity(self.flux, **given, double=compiled[0], single=compiled[1])
 
     def _tensor(self, value: Array) -> Tensor:
-        return torch.from_numpy(value.copy()).to(self._weight.device, self._weight.dtype)
+        return torch.from_numpy(value.copy()).to(self._like.device, self._like.dtype)
 
 
 def opened(

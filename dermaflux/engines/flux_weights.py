@@ -10,6 +10,7 @@ more than one block is in memory twice.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,17 +102,20 @@ def randomly(
     So that activations keep their size over blocks, and no number is out of range. Norms are 1.
     """
     wanted = shapes(config)
-    generator = torch.Generator(device=device).manual_seed(seed)
 
     def named(name: str) -> Tensor:
-        shape = wanted[name]
-        if "attn.norm" in name:
-            return torch.ones(shape, dtype=dtype, device=device)
-        tensor = torch.empty(shape, dtype=dtype, device=device)
-        deviation = shape[1] ** -0.5 if len(shape) == 2 else 0.02
-        return tensor.normal_(0, deviation, generator=generator)
+        return fill(name, torch.empty(wanted[name], dtype=dtype, device=device), seed)
 
     return fused(config, named, low)
+
+
+def fill(name: str, tensor: Tensor, seed: int) -> Tensor:
+    """Random weights in place, the same for a name, a seed and a device whatever came before."""
+    if "attn.norm" in name:
+        return tensor.fill_(1)
+    own = torch.Generator(device=tensor.device).manual_seed(seed + zlib.crc32(name.encode()))
+    deviation = tensor.shape[1] ** -0.5 if tensor.ndim == 2 else 0.02
+    return tensor.normal_(0, deviation, generator=own)
 
 
 def fused(config: Mapping[str, Any], named: Named, low: Collection[str] = ()) -> Flux:
@@ -164,15 +168,15 @@ def fused(config: Mapping[str, Any], named: Named, low: Collection[str] = ()) ->
     return Flux(
         heads=config["num_attention_heads"],
         axes=tuple(config["axes_dims_rope"]),
-        image_in=joined(["x_embedder"]),
-        text_in=joined(["context_embedder"]),
+        image_in=joined(["x_embedder"], "image_in"),
+        text_in=joined(["context_embedder"], "text_in"),
         time=embedder("timestep_embedder"),
         pooled=embedder("text_embedder"),
         guidance=embedder("guidance_embedder") if config["guidance_embeds"] else None,
-        modulation=joined(list(_modulators(config))),
+        modulation=joined(list(_modulators(config)), "modulation"),
         doubles=tuple(Double(stream(name, "image"), stream(name, "text")) for name in doubles),
         singles=tuple(single(name) for name in singles),
-        out=joined(["proj_out"]),
+        out=joined(["proj_out"], "out"),
     )
 
 

@@ -83,6 +83,8 @@ def evidence_of(engines: Mapping[str, Engine]) -> dict[str, Any]:
         computes = operations(engine)
         if computes:
             told["computes"] = computes
+        if getattr(engine, "note", ""):
+            told["note"] = getattr(engine, "note", "")
         if isinstance(given, Counted):
             told |= {"calls": given.calls, "items": given.items}
         found[part] = told

@@ -154,8 +154,10 @@ def evidence(found: Mapping[str, Any]) -> str:
     pictures = found.get("vae_decoder", {}).get("items") if part is not found else None
     if pictures:
         texts = found["text_encoder"]["items"]
-        words.append(f"{part['items'] / pictures:.3g} steps and {texts / pictures:.2g} texts computed "
-                     "a picture")  # fmt: skip
+        steps, texts = part["items"] / pictures, texts / pictures
+        words.append(f"{steps:.3g} steps and {texts:.2g} texts computed a picture")
+    if part.get("note"):
+        words.append(part["note"])
     for name in ("graphs", "graph_breaks", "compile_s", "transformer_dtype", "dtype", "options"):
         if name in part:
             words.append(f"{name.replace('_', ' ')} {part[name]}")

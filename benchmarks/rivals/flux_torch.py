@@ -155,7 +155,7 @@ def _opened(checkpoint: Path | str, threads: int, dtype: str) -> Any:
         torch.set_num_threads(threads)
         pipeline: Any = FluxPipeline.from_pretrained(
             str(checkpoint),
-            torch_dtype=getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             use_safetensors=True,
             local_files_only=True,
         )

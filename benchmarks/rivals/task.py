@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.captions import captions
 from dermaflux import flow
 from dermaflux.bundle import Bundle
+from dermaflux.checkpoint import Checkpoint
 from dermaflux.errors import DermaFluxError
 from dermaflux.flow import Floats
 
@@ -73,8 +74,8 @@ class Task:
     """Largest steps, smallest and largest side that the bundle takes."""
 
     @classmethod
-    def of(cls, bundle: Bundle, steps: int | None = None) -> Task:
-        """The bundle's own defaults; `steps` instead of its own.
+    def of(cls, bundle: Bundle | Checkpoint, steps: int | None = None) -> Task:
+        """The defaults of a bundle or of its checkpoint; `steps` instead of its own.
 
         Raises:
             DermaFluxError: more steps than the bundle takes, or less than one.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks import report_tables
+from benchmarks.report_markdown import machine_line
 from dermaflux import files
 from dermaflux.command import ended, option, parsed
 from dermaflux.errors import DermaFluxError
@@ -151,7 +152,7 @@ def written(
         body = report_tables.tables(one.kind, one.content)
         pictures = "\n\n".join(f"![{words}]({path.name})" for words, path in
                                plots.get(one.file.name, ()))  # fmt: skip
-        machine = report_tables.machine_line(one.content)
+        machine = machine_line(one.content)
         title = report_tables.TITLES[one.kind]
         part = "**This run was stopped: it is not whole.**" if one.content.get("unfinished") else ""
         parts = (f"## {title} (`{one.file.name}`)", machine, part, pictures, body)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from matplotlib.figure import Figure
 
-from benchmarks.report_tables import SECTIONS
+from benchmarks.report_ladders import SECTIONS
 from benchmarks.suite_goals import GENERATION, INT8, PRUNED
 
 BLUE: Final = "#0072B2"

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import report, report_tables
+from benchmarks.report_markdown import machine_line
 from tests.benchmarks.test_suite import row
 
 MACHINE = {"processor": "Tin", "usable_cores": 2, "versions": {"torch": "1"}, "load_before": 0.1,
@@ -70,9 +71,9 @@ COLD = {
 }  # fmt: skip
 HTTP = {
     "benchmark": "http_classify", "environment": MACHINE, "left_out": {"litserve": "not installed"},
-    "goals": [{"goal": "at 16", "least": 0.9, "found": None, "met": None}],
+    "goals": [{"goal": "at 16", "at_least": 0.9, "found": None, "met": None}],
     "sides": {"ours": {"settings": "ours", "images_per_s": 90.0, "open": None,
-                       "closed": {"16": {"images_per_s": 91.0}}},
+                       "closed": {"16": [{"images_per_s": 91.0, "latency_ms": {"p50": 170.0}}]}},
               "fastapi": {"settings": "2 workers", "images_per_s": 20.0}},
 }  # fmt: skip
 GPU = {
@@ -89,6 +90,9 @@ QUALITY = {
         "psnr_db": {"median": 51.0, "worst": 44.0}, "ssim": {"median": 0.99},
         "times_reference": {"median": 3.9}, "transformer_calls": 12,
         "fewer_steps_fp32": {"psnr_db": {"median": 38.0}, "steps": 7}}},
+    "classifier": {"reference": "eager", "photographs": 585, "malignant": 110, "variants": {
+        "int8": {"auc": 0.751, "auc_change": 0.0001, "auc_change_95": [-0.001, 0.0012],
+                 "probability_change_most": 0.02, "labels_changed": 3}}},
 }  # fmt: skip
 
 
@@ -127,6 +131,9 @@ def test_every_kind_becomes_tables_and_small_plots(results: Path, tmp_path: Path
     assert "of \\| kinds" in text, "a bar in a cell would break the table"
     assert "Left out: bf16: emulated." in text
     assert "not a GPU figure" in text
+    assert "| at 16 | 0.9 |  | not measured |" in text
+    assert "| 91, 170 |" in text
+    assert "+0.0001 (-0.0010 to +0.0012)" in text
     assert "tier cached: fewer steps fp32 | 38" in text
 
 
@@ -182,4 +189,4 @@ def test_results_of_before_are_still_read() -> None:
         "variants": {"eager": {"total_ms": 498.5, "times_eager": 1.0, "floor_reached": 0.3}},
     }  # fmt: skip
     assert "| eager |" in report_tables.tables("latency", old)
-    assert report_tables.machine_line(old) == "Tin, 2 cores."
+    assert machine_line(old) == "Tin, 2 cores."

@@ -50,9 +50,9 @@ class Settings:
     checkpoint: Path | None = option("its checkpoint, for the rivals; without: ours alone", None)
     images: Path | None = option("folder of photographs, instead of drawn ones", None)
     rounds: int = option("turns of every side", 3)
-    callers: tuple[str, ...] = option("of the closed loop; the last decides", ("1", "4", "16"))
+    callers: tuple[str, ...] = option("of the closed loop; the last decides", ("1", "4", "8", "16"))
     seconds: float = option("of a closed loop at the most callers", 8.0)
-    few_seconds: float = option("of a closed loop at fewer callers, which is run once", 5.0)
+    few_seconds: float = option("of a closed loop at fewer callers, which is run once", 4.0)
     open_seconds: float = option("of the open loop, which is run once; 0: none", 20.0)
     warm_up: float = option("seconds before each of them, which do not count", 2.0)
     engine: str | None = option("force one engine of ours", None)
@@ -83,7 +83,7 @@ def levels(callers: Sequence[str]) -> list[int]:
             raise DermaFluxError(f"--callers {text} is no number of callers; use 1 to 1000")
         found.append(int(text))
     if not found:
-        raise DermaFluxError("--callers names none; use numbers such as 1,4,16")
+        raise DermaFluxError("--callers names none; use numbers such as 1,4,8,16")
     return sorted(set(found))
 
 

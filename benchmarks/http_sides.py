@@ -186,9 +186,14 @@ def _last_words(log: Path) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End it, and what it started and left: it has a session, so a group, of its own."""
+    members = processes.family([process.pid])
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(END_SECONDS)
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    # The next side is to have the machine alone.
+    end = time.monotonic() + END_SECONDS
+    while processes.seen(members).processes and time.monotonic() < end:
+        time.sleep(_ASK_SECONDS)

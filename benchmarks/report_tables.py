@@ -56,7 +56,8 @@ def latency(result: Result) -> str:
         reached = one.get("floor_reached")
         rows.append(
             [name, *(number(one.get(f"{stage}_ms")) for stage in stages),
-             number(one.get("total_p90_ms")), times, "" if reached is None else f"{100 * reached:.0f} %", number(one.get("peak_mb"))]
+             number(one.get("total_p90_ms")), times,
+             "" if reached is None else f"{100 * reached:.0f} %", number(one.get("peak_mb"))]
         )  # fmt: skip
     head = ("", *(f"{stage}, ms" for stage in stages), "p90", "times eager (95 %)",
             "of the fp32 floor, denoising", "largest memory, MB")  # fmt: skip

@@ -1,7 +1,12 @@
-"""A Ray cluster to draw on: reached, joined, and left; or a sentence that says why not.
+"""Ray's own process, from outside: started, asked to draw, and ended; or why there is none.
 
->>> with connected(settings) as gpus:
-...     ...  # ray.data draws there; `gpus` says whether the cluster has any
+Ray takes the process that joins a cluster for its own: it handles its signals, leaves threads in it
+after the cluster is left, and ends it when it is asked at the wrong time. So it has one to itself,
+`serving.batch.driver`, at the other end of a pair of sockets; this one never imports Ray. That
+process, and a cluster that it began, end when this one closes its socket, however it ends.
+
+>>> with joined(settings) as driver:
+...     drawn = [pickle.loads(data) for data in driver.draw(tools, tries, batch=8, lost=4)]
 """
 
 from __future__ import annotations
@@ -9,24 +14,145 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import pickle
+import re
 import signal
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Final
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Final
 
-import serving
 from dermaflux.errors import EngineError
+from serving.batch.maker import Tools, Try
 from serving.batch.settings import LOCAL, Settings
 
+log = logging.getLogger(__name__)
+
+_COMMAND: Final = (sys.executable, "-m", "serving.batch.driver")
 _SECONDS: Final = 10.0  # for the head of a cluster to answer at all
-_THREADS: Final = ("StreamingExecutor", "iter_threaded")
-"""Of Ray Data. Where one asks anything of a cluster that was left, Ray ends the whole process."""
+_LEAVING: Final = 30.0
+"""Seconds to leave a cluster; then the process is killed, and a cluster that it began with it."""
+_SENT: Final = 1000
+"""Tries that are sent together: of a million, this process need not hold all twice."""
 _AUTO: Final = "auto"
 """Ray's own word: the cluster of `RAY_ADDRESS`, else the one that this machine is a node of."""
 _EXAMPLE: Final = "10.0.0.1:6379"
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Asks Ray's process to draw the tries that were sent before; see `Driver.draw`."""
+
+    tools: Tools
+    batch: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What Ray's process says in place of an answer.
+
+    `deaths` says that more blocks were lost than might be; `trace` is that of an error of ours.
+    """
+
+    words: str
+    deaths: bool = False
+    trace: str = ""
+
+
+class BlocksLost(EngineError):
+    """Processes of the cluster died again and again; what came back before is good."""
+
+
+class DriverDied(EngineError):
+    """Ray's own process ended by itself; what came back before is good."""
+
+
+class Driver:
+    """Ray's process, joined to a cluster."""
+
+    def __init__(self, process: subprocess.Popen[bytes], ends: Connection) -> None:
+        self._process = process
+        self._ends = ends
+
+    def join(self, settings: Settings) -> None:
+        """Join the cluster of `settings`.
+
+        Raises:
+            EngineError: it cannot be joined.
+            DriverDied: see there.
+        """
+        self._say(settings)
+        answer = self._answer()
+        if isinstance(answer, Failure):
+            raise _none(settings, answer.words)
+
+    def draw(self, tools: Tools, tries: Sequence[Try], batch: int, lost: int) -> Iterator[bytes]:
+        """What comes back of blocks of `batch` tries, each a pickled `serving.batch.actor.Drawn`.
+
+        `lost` blocks may not come back, since their processes died; -1 for any number.
+
+        Raises:
+            BlocksLost: more were lost.
+            EngineError: no actor can start, or the cluster ended.
+            DriverDied: see there.
+        """
+        for first in range(0, len(tries), _SENT):
+            # As bytes, so that an item that ends who reads it ends no process but an actor's.
+            self._say([pickle.dumps(one) for one in tries[first : first + _SENT]])
+        self._say(Blocks(tools, batch, lost))
+        while isinstance(answer := self._answer(), bytes):
+            yield answer
+        if answer is None:
+            return
+        if answer.deaths:
+            raise BlocksLost(answer.words)
+        if answer.trace:
+            log.error("an error in Ray's own process:\n%s", answer.trace)
+        raise EngineError(
+            f"the cluster cannot draw: {answer.words}. What came back before is written; "
+            "mend that and run the same command again"
+        )
+
+    def leave(self) -> None:
+        """End the process: it leaves the cluster by itself, or is killed."""
+        self._ends.close()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LEAVING)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+    def _say(self, words: object) -> None:
+        try:
+            self._ends.send(words)
+        except OSError as error:
+            raise self._death() from error
+
+    def _answer(self) -> bytes | Failure | None:
+        try:
+            answer: bytes | Failure | None = self._ends.recv()
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        return answer
+
+    def _death(self) -> DriverDied:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_SECONDS)
+        status = self._process.returncode
+        how = "closed its connection"
+        if status is not None:
+            name = signal.Signals(-status).name if status < 0 else ""
+            how = f"ended by signal {-status} ({name})" if name else f"ended with status {status}"
+        return DriverDied(
+            f"Ray's own process {how}; what came back before is written; run the same command again"
+        )
 
 
 def reachable(settings: Settings) -> None:
@@ -41,49 +167,40 @@ def reachable(settings: Settings) -> None:
         return
     _check(settings)
     if settings.ray != LOCAL:
-        with connected(settings):
+        with joined(settings):
             pass
 
 
 @contextmanager
-def connected(settings: Settings) -> Iterator[bool]:
-    """Joined to the cluster; whether it has GPUs.
+def joined(settings: Settings) -> Iterator[Driver]:
+    """A process of Ray's, joined to the cluster. It has ended when the block has.
 
     Raises:
         EngineError: see `reachable`.
+        DriverDied: see there.
     """
     _check(settings)
-    # Nothing leaves the hospital: Ray would else report its use to its makers.
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-    import ray.data
-
-    # A cluster of one's own has as many slots as engines were asked for, whatever the cores.
-    own: dict[str, Any] = {
-        "num_cpus": settings.workers * (settings.threads or 1) + 1,
-        "include_dashboard": False,
-    }
+    ours, theirs = Pipe()
+    with theirs:
+        process = subprocess.Popen(
+            [*_COMMAND, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            # Ctrl-C is for this process, which then ends that one.
+            start_new_session=True,
+        )
+    driver = Driver(process, ours)
     try:
-        with _own_signals():
-            ray.init(
-                # Without "local" Ray would join a cluster that happens to be on this machine.
-                address=settings.ray,
-                **(own if settings.ray == LOCAL else {}),
-                logging_level=logging.WARNING,
-                log_to_driver=False,
-                runtime_env={"py_modules": [str(Path(one)) for one in serving.__path__]},
-            )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _none(settings, error) from error
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield resources.get("GPU", 0) > 0
+        driver.join(settings)
+        yield driver
     finally:
-        for thread in threading.enumerate():
-            if thread.name.startswith(_THREADS):
-                thread.join(_SECONDS)
-        ray.shutdown()
+        driver.leave()
+
+
+def told(trace: str) -> str:
+    """The last line of a trace, without the name of its error's class."""
+    last = trace.strip().splitlines()[-1].strip()
+    return re.sub(r"^[A-Za-z_][\w.]*\.[\w.]*Error: ", "", last)
 
 
 def _check(settings: Settings) -> None:
@@ -102,28 +219,16 @@ def _check(settings: Settings) -> None:
         try:
             _reach(address)
         except (OSError, ValueError) as error:
-            raise _none(settings, error) from error
+            raise _none(settings, str(error) or type(error).__name__) from error
 
 
-def _none(settings: Settings, error: Exception) -> EngineError:
-    said = str(error).strip().splitlines() or [type(error).__name__]
+def _none(settings: Settings, words: str) -> EngineError:
+    said = words.strip().splitlines()[0].rstrip(".")
     return EngineError(
-        f"no Ray cluster at {settings.ray}: {said[0].rstrip('.')}; give the address of its head, "
+        f"no Ray cluster at {settings.ray}: {said}; give the address of its head, "
         f"such as {_EXAMPLE} (and set RAY_AUTH_MODE=token where it asks for a token), or --ray "
         "alone for a cluster on this machine"
     )
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray takes SIGTERM for itself, and would end this process in the midst of a batch."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _reach(address: str) -> None:

@@ -1,12 +1,14 @@
-"""The command on a Ray cluster of this machine, with two workers, some of which are killed."""
+"""The command on a Ray cluster of this machine: workers, Ray's own process, or itself is killed."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from serving.batch.maker import Try
 from serving.batch.settings import Settings
 from tests.batch.test_batch import command, line, made, pictures, started, write
 
+_MARK = "DERMAFLUX_TEST_OF_A_CLUSTER"
+
 
 def children(pid: int) -> Iterator[int]:
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -29,22 +33,30 @@ def children(pid: int) -> Iterator[int]:
             yield from children(int(child))
 
 
-def workers(pid: int) -> list[int]:
-    """The actors of a driver: Ray names its processes by what they run."""
+def running(pid: int, words: bytes) -> list[int]:
+    """The processes below another that have some words in their command lines."""
     return [
-        child
-        for child in children(pid)
-        if b"MapWorker" in Path(f"/proc/{child}/cmdline").read_bytes()
+        child for child in children(pid) if words in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
+
+
+def workers(pid: int) -> list[int]:
+    """The actors of a command: Ray names its processes by what they run."""
+    return running(pid, b"MapWorker")
+
+
+def driver(pid: int) -> int:
+    """Ray's own process."""
+    (one,) = running(pid, b"serving.batch.driver")
+    return one
 
 
 def test_a_killed_worker_costs_nothing_but_time(tiny_bundle: Bundle, tmp_path: Path) -> None:
     asked = write(tmp_path / "r.jsonl", [line(index, steps=20) for index in range(300)])
     out = tmp_path / "out"
     process = started(command(tiny_bundle, asked, out, "--ray", "--workers=2", "--batch=2"), out, 5)
-    before = workers(process.pid)
-    assert len(before) == 2
-    os.kill(before[0], signal.SIGKILL)
+    # On a busy machine the other may not have begun.
+    os.kill(workers(process.pid)[0], signal.SIGKILL)
     said, told = process.communicate(timeout=180)
     assert process.returncode == 0, told
     assert json.loads(said.splitlines()[-1])["drawn"] == 300
@@ -64,6 +76,41 @@ def test_a_stopped_cluster_job_goes_on_without_one(tiny_bundle: Bundle, tmp_path
     assert 5 <= there < 300
     assert main(command(tiny_bundle, asked, out)[3:]) == 0
     assert sum(1 for _ in pictures(out)) == 300
+
+
+_WITHOUT_RAY = """
+import sys
+from serving.batch.__main__ import main
+status = main(sys.argv[1:])
+assert "ray" not in sys.modules
+sys.exit(status)
+"""
+
+
+def test_another_takes_the_place_of_a_dead_driver_and_no_ray_is_in_the_command(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    asked = write(tmp_path / "r.jsonl", [line(index, steps=20) for index in range(100)])
+    out = tmp_path / "out"
+    options = command(tiny_bundle, asked, out, "--ray", "--workers=1", "--batch=2")[3:]
+    process = started([sys.executable, "-c", _WITHOUT_RAY, *options], out, 5)
+    os.kill(driver(process.pid), signal.SIGSEGV)
+    said, told = process.communicate(timeout=180)
+    assert process.returncode == 0, told
+    assert "Ray's own process ended by signal 11 (SIGSEGV)" in told
+    assert json.loads(said.splitlines()[-1])["drawn"] == 100
+    assert main(command(tiny_bundle, asked, tmp_path / "whole")[3:]) == 0
+    assert made(out) == made(tmp_path / "whole")
+
+
+def test_a_killed_command_takes_its_cluster_along(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    asked = write(tmp_path / "r.jsonl", [line(index, steps=20) for index in range(2000)])
+    out = tmp_path / "out"
+    process = started(command(tiny_bundle, asked, out, "--ray", "--workers=1"), out, 2)
+    assert ours()
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
 
 
 class Deadly(Try):
@@ -187,11 +234,26 @@ def test_without_ray_the_option_says_what_to_install(tiny_bundle, tmp_path, monk
     assert "pip install" in capsys.readouterr().err
 
 
+def ours() -> list[int]:
+    """Processes that were begun by a test here: they have its mark from whoever began them."""
+    mark = f"{_MARK}={os.environ[_MARK]}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
 @pytest.fixture(autouse=True)
-def gone() -> Iterator[None]:
-    """No process of a cluster outlives its test."""
+def gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No process of a command or a cluster outlives its test."""
+    monkeypatch.setenv(_MARK, str(tmp_path))
+    # Ray's workers give way to all others; on a busy machine they would not begin within a minute.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     yield
     until = time.monotonic() + 20
-    while left := workers(os.getpid()):
+    while left := ours():
         assert time.monotonic() < until, left
         time.sleep(0.1)

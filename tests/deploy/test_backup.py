@@ -43,11 +43,13 @@ def test_a_log_that_is_copied_while_it_is_written_holds(records: Path, tmp_path:
     log = opened(records)
     for _ in range(5):
         log.append(EVENT)
-    # A cp after whose copy of the head, and before the next, more is written.
+    # A cp after whose copy of the head, and of the lines, more is written.
     (tmp_path / "bin").mkdir()
     cp = tmp_path / "bin/cp"
     append = f"{sys.executable} {__file__} {records}"
-    cp.write_text(f'#!/bin/sh\n/bin/cp "$@"\ncase "$*" in *head.json*) {append} ;; esac\n')
+    cp.write_text(
+        f'#!/bin/sh\n/bin/cp "$@"\ncase "$*" in *head.json* | *.jsonl*) {append} ;; esac\n'
+    )
     cp.chmod(0o755)
     path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
     done = subprocess.run(

@@ -37,16 +37,15 @@ _WARM_UP: Final = 3
 
 
 class Blocks:
-    """Both kinds of blocks, each compiled in whole; `compiles` counts, `count` at its start is 0.
+    """Both kinds of blocks, each compiled in whole.
 
     Static shapes: a kernel that fits any size is slower, and a size that comes again is compiled.
     """
 
-    def __init__(self, backend: str = "inductor", options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, backend: str = "inductor") -> None:
         self.compiles = 0
         """How often a block was compiled: one a kind and shape, or something compiles anew."""
         self._backend = torch._dynamo.lookup_backend(backend)
-        self._options = {"config_patches": dict(options)} if options else {}
         limit = SHAPES * _VARIANTS
         # The default of 8 is passed by a few sizes; beyond it, a whole graph is an error.
         if torch._dynamo.config.recompile_limit < limit:
@@ -59,13 +58,13 @@ class Blocks:
 
     def _counted(self, graph: Any, inputs: Any) -> Any:
         self.compiles += 1
-        return self._backend(graph, inputs, **self._options)
+        return self._backend(graph, inputs)
 
 
 class Replayed:
     """`work` of tensors of one shape each, captured at the first call and replayed from then on.
 
-    Inputs are copied into buffers of its own. Those that `hold` stay over calls are copied where
+    Inputs are copied into buffers of its own; those that an owner holds over its calls only where
     another owner's were there before. The output is overwritten by the next call: copy it first.
     """
 

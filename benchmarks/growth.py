@@ -116,6 +116,9 @@ def run(settings: Settings, words: Sequence[str]) -> None:
                 {"x": place.x, **measured(place, opened[count], theirs, count, bundle, limits,
                                           effort)}
             )  # fmt: skip
+            if axis == "threads" and count < usable_cores():
+                # Rates were measured with all cores.
+                points[-1] |= {"floor_ms": None, "floor_fp32_ms": None}
             print(f"{axis} {place.x}: {points[-1]}", file=sys.stderr)
         result["axes"][axis] = axis_of(points)
         if settings.out is not None:

@@ -100,6 +100,9 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     task = Task.of(bundle, settings.steps)
     began = time.perf_counter()
     before = environment()
+    if (before["load_before"] or 0) > 1:
+        print(f"others use this machine (load {before['load_before']}): torch with a thread a core "
+              "suffers most from that, so ratios to it are too large", file=sys.stderr)  # fmt: skip
     threads = settings.threads or usable_cores()
     limits = Limits.measured()
     result: dict[str, Any] = {

@@ -100,7 +100,8 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     task = Task.of(bundle, settings.steps)
     began = time.perf_counter()
     before = environment()
-    if (before["load_before"] or 0) > 1:
+    quiet = (before["load_before"] or 0) <= 1
+    if not quiet:
         print(f"others use this machine (load {before['load_before']}): torch with a thread a core "
               "suffers most from that, so ratios to it are too large", file=sys.stderr)  # fmt: skip
     threads = settings.threads or usable_cores()
@@ -108,6 +109,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     result: dict[str, Any] = {
         "environment": before,
         "quick": settings.quick,
+        "quiet_machine": quiet,
         "threads": threads,
         "task": task.told(),
         "machine_limits": limits.told(),

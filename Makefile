@@ -41,6 +41,16 @@ test: setup
 test-optimum: .venv-optimum/.complete $(BUNDLE)/bundle.json
 	DERMAFLUX_TEST_BUNDLE=$(BUNDLE) .venv-optimum/bin/python -m pytest tests/optimum
 
+# Servers to compare with. Apart, since they bring another event loop, which uvicorn would take for our
+# service too; all else is that of .venv.
+.venv-rivals/.complete: .venv/.complete constraints-rivals.txt
+	$(PYTHON) -m venv .venv-rivals
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-rivals/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth"
+	.venv-rivals/bin/pip install --quiet --constraint constraints.txt \
+		--constraint constraints-rivals.txt litserve fastapi uvicorn
+	touch $@
+
 # Everything that a machine without a network needs, in one folder; SIGN=site.key signs its sums. For
 # another BUNDLE, FIGURES names its checkpoint and evaluation for the model cards, or is empty.
 KIT ?= dist/kit

@@ -7,7 +7,7 @@ timm's model on torch is the baseline, then what a user would do next (bf16, tor
 ONNX Runtime), then ours, a precision a row. Pictures are prepared before the clock runs, and each
 side gets the same numbers; ours answers through `Classifier.judge`, as the service asks it, without
 the gate, which looks at the picture and not at the model. Decoding and resizing of photographs is
-measured over HTTP (`benchmarks.http`).
+measured over HTTP (`benchmarks.http_classify`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The BentoML service: opens a bundle at start-up and mounts our app at `/`.
 
-BentoML brings processes, probes of life and adaptive batching; the routes, the page and the errors
-are ours (`serving.app`), since BentoML's own are POST only, re-encode images and leave mounted
+BentoML brings processes and probes of life; the routes, the page and the errors are ours
+(`serving.app`), since BentoML's own are POST only, re-encode images and leave mounted
 routes out of their document. Two services, two processes: this one draws and answers HTTP, the one
 in `serving.scorer` classifies; they talk over a Unix socket.
 

@@ -277,7 +277,7 @@ def _graphs(
     say: Callable[[str], None],
 ) -> Iterator[Graph]:
     """A part's files: traced once, then said in every precision that there is a recipe for."""
-    from export import shapes, trace, verify
+    from export import attention, shapes, trace, verify
     from export.lower import lower
     from export.quantized import eligible, quantized
 
@@ -297,7 +297,12 @@ def _graphs(
         products = 0
         if recipe.kind is not None:
             assert table is not None
-            products = quantized(variant, recipe, table.parts.get(part, {}))
+            channels = table.parts.get(part, {})
+            if recipe.apart:
+                names = attention.split(variant)
+                channels = attention.known(names, channels)
+                attention.in8(variant, names, recipe.kind, channels)
+            products = quantized(variant, recipe, channels)
         trace.write(variant, graph)
         verify.standard(graph)
         if reference is None:

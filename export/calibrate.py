@@ -222,6 +222,13 @@ def _watch(part: Any, seen: dict[str, NDArray[np.float32]]) -> None:
 
         return watch
 
+    def thirds(name: str) -> Any:
+        def watch(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+            for what, factor in zip(FACTORS, output.detach().abs().chunk(3, dim=-1), strict=True):
+                _note(seen, f"{name}.{what}", factor.amax().float().reshape(1).cpu().numpy())
+
+        return watch
+
     restate(part)
     for name, module in part.model.named_modules():
         if isinstance(module, _LAYERS):
@@ -229,3 +236,5 @@ def _watch(part: Any, seen: dict[str, NDArray[np.float32]]) -> None:
             module.register_forward_pre_hook(watcher(name, axis))
         if isinstance(module, FluxAttention):
             module.set_processor(_Watched(name, seen))
+        if name.endswith(".qkv") and isinstance(module, nn.Linear):
+            module.register_forward_hook(thirds(name.removesuffix(".qkv")))

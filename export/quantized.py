@@ -50,7 +50,7 @@ Channels = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """New nodes go before `node`, and are called after `stem`."""
 
     node: onnx_ir.Node
@@ -72,9 +72,9 @@ class Layer:
         return str(self.node.name)
 
     @property
-    def place(self) -> _Place:
+    def place(self) -> Place:
         """Where its new nodes go."""
-        return _Place(self.node, self.name)
+        return Place(self.node, self.name)
 
     @property
     def width(self) -> int:
@@ -162,9 +162,9 @@ def quantized(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> int:
             given = source if divisor is None else _divided(fed[0], source, divisor)
             by = 1 if divisor is None else divisor
             largest = max(float((seen[layer.name] / by).max()) for layer in fed)
-            pair = _pair(fed[0].place, given, largest, recipe.kind)
+            made = pair(fed[0].place, given, largest, recipe.kind)
             for layer in fed:
-                layer.node.replace_input_with(0, pair)
+                layer.node.replace_input_with(0, made)
         for layer in group:
             weight = _weight(layer, recipe, divisor if layer in fed else None)
             layer.node.replace_input_with(1, weight)
@@ -172,8 +172,8 @@ def quantized(model: onnx_ir.Model, recipe: Recipe, seen: Channels) -> int:
         for node, index, name in attentions(model):
             factor = node.inputs[index]
             assert factor is not None
-            pair = _pair(_Place(node, name), factor, float(seen[name].max()), recipe.kind)
-            node.replace_input_with(index, pair)
+            made = pair(Place(node, name), factor, float(seen[name].max()), recipe.kind)
+            node.replace_input_with(index, made)
     onnx_ir.passes.common.RemoveUnusedNodesPass()(model)
     return sum(recipe.needs_scale(layer.name) for layer in chosen)
 
@@ -223,18 +223,22 @@ def _numbers(layer: Layer) -> NDArray[np.float32]:
 
 def _divided(layer: Layer, source: onnx_ir.Value, divisor: NDArray[np.float32]) -> onnx_ir.Value:
     """The input of a group, every channel divided."""
-    factor = _constant(layer.place, f"{layer.name}.smooth", 1 / divisor, _type(source))
-    return _node(layer.place, "Mul", [source, factor], _type(source), source.shape, "smoothed")
+    factor = constant(layer.place, f"{layer.name}.smooth", 1 / divisor, _type(source))
+    return node_before(
+        layer.place, "Mul", [source, factor], _type(source), source.shape, "smoothed"
+    )
 
 
-def _pair(place: _Place, source: onnx_ir.Value, largest: float, kind: str) -> onnx_ir.Value:
+def pair(place: Place, source: onnx_ir.Value, largest: float, kind: str) -> onnx_ir.Value:
     """A value through 8 bits and back."""
     rest = _type(source)
     scale = _scale(np.array(largest, np.float32), kind, rest)
-    at = _constant(place, f"{place.stem}.input_scale", scale, rest)
-    zero = _constant(place, f"{place.stem}.input_zero", np.zeros(()), _TYPES[kind])
-    down = _node(place, "QuantizeLinear", [source, at, zero], _TYPES[kind], source.shape, "in8")
-    return _node(place, "DequantizeLinear", [down, at, zero], rest, source.shape, "input")
+    at = constant(place, f"{place.stem}.input_scale", scale, rest)
+    zero = constant(place, f"{place.stem}.input_zero", np.zeros(()), _TYPES[kind])
+    down = node_before(
+        place, "QuantizeLinear", [source, at, zero], _TYPES[kind], source.shape, "in8"
+    )
+    return node_before(place, "DequantizeLinear", [down, at, zero], rest, source.shape, "input")
 
 
 def _weight(layer: Layer, recipe: Recipe, factor: NDArray[np.float32] | None) -> onnx_ir.Value:
@@ -271,8 +275,8 @@ def _weight(layer: Layer, recipe: Recipe, factor: NDArray[np.float32] | None) ->
     place = layer.place
     small = _initializer(place, lazy(f"{stem}_in8", kind, shape, numbers))
     scale = _initializer(place, lazy(f"{stem}_scale", rest, counts, scales))
-    zero = _constant(place, f"{stem}_zero", np.zeros(counts), kind)
-    return _node(
+    zero = constant(place, f"{stem}_zero", np.zeros(counts), kind)
+    return node_before(
         place, "DequantizeLinear", [small, scale, zero], rest, shape, "weight", axis=layer.axis
     )
 
@@ -288,13 +292,13 @@ def _type(value: onnx_ir.Value) -> onnx_ir.DataType:
     return value.dtype or onnx_ir.DataType.FLOAT
 
 
-def _constant(
-    place: _Place, name: str, numbers: NDArray[Any], kind: onnx_ir.DataType
+def constant(
+    place: Place, name: str, numbers: NDArray[Any], kind: onnx_ir.DataType
 ) -> onnx_ir.Value:
     return _initializer(place, onnx_ir.Tensor(numbers.astype(kind.numpy()), dtype=kind, name=name))
 
 
-def _initializer(place: _Place, tensor: onnx_ir.TensorProtocol) -> onnx_ir.Value:
+def _initializer(place: Place, tensor: onnx_ir.TensorProtocol) -> onnx_ir.Value:
     value = onnx_ir.Value(
         name=tensor.name,
         shape=onnx_ir.Shape(list(tensor.shape)),  # type: ignore[arg-type]
@@ -307,14 +311,14 @@ def _initializer(place: _Place, tensor: onnx_ir.TensorProtocol) -> onnx_ir.Value
     return value
 
 
-def _node(
-    place: _Place,
+def node_before(
+    place: Place,
     kind: str,
     inputs: list[onnx_ir.Value],
     dtype: onnx_ir.DataType,
     shape: Any,
     what: str,
-    **attributes: int,
+    **attributes: Any,
 ) -> onnx_ir.Value:
     """A new node; its only output."""
     node = onnx_ir.node(kind, inputs, attributes, name=f"{place.stem}.{what}.{kind}")

@@ -90,7 +90,9 @@ class Recipe:
     it is empty) and `high` the layers that stay in float32 all the same. `kind` is the type in 8
     bits, `layers` the layers in it, `keep` those of them that are not after all, and
     `weights_only` those whose inputs stay high. Without `convolutions` none of those is in it.
-    `smooth` is SmoothQuant's alpha. With `attention` queries, keys and values are in it too.
+    `smooth` is SmoothQuant's alpha. With `attention` queries, keys and values are in it too. With
+    `apart` a vision transformer's queries, keys and values are products of their own, and queries
+    and keys are in 8 bits (`export.attention`).
     """
 
     rest: str = "float32"
@@ -104,6 +106,7 @@ class Recipe:
     per_channel: bool = False
     smooth: float | None = None
     attention: bool = False
+    apart: bool = False
 
     def quantizes(self, layer: str) -> bool:
         """Whether a layer's weights are in 8 bits."""
@@ -167,7 +170,9 @@ RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
             per_channel=True,
             smooth=_SMOOTH,
         ),
-        "classifier": Recipe(rest="float16", kind="int8", keep=_CLASSIFIER, per_channel=True),
+        "classifier": Recipe(
+            rest="float16", kind="int8", keep=_CLASSIFIER, per_channel=True, apart=True
+        ),
     },
     "fp8": {
         "transformer": Recipe(

@@ -10,6 +10,9 @@ layers are read as unsigned here, in equal steps, 127 standing for nought: -128 
 measured range never asks for, become -127, and there is one more above. Sums of integers are
 exact; what differs is the rounding of what lies between two steps.
 
+TensorRT wants a value rounded right before the product that takes it. OpenVINO fuses the rounding
+with whatever made the value, unless that was turned or reshaped in between; so it is rounded first.
+
     >>> model = read(core(), Path("model_int8.onnx"), outputs=("logits",))
     >>> unsigned(model)
     48
@@ -26,6 +29,7 @@ import numpy as np
 
 _SIGNED: Final = (-128.0, 127.0)
 _LEVELS: Final = 256
+_MOVES: Final = ("Transpose", "Reshape")
 _ON_THE_WAY: Final = ("Multiply", "Subtract", "Convert", "Transpose", "Reshape")
 """What stands between weights in 8 bits and the product that they are factors of."""
 
@@ -39,8 +43,10 @@ def read(core: Any, graph: Path, outputs: Iterable[str] | None = None, device: s
         for result in model.get_results():
             if not wanted & set(result.input_value(0).get_names()):
                 model.remove_result(result)
-    if device == "CPU" and platform.machine().lower() in ("x86_64", "amd64"):
-        unsigned(model)
+    if device == "CPU":
+        if platform.machine().lower() in ("x86_64", "amd64"):
+            unsigned(model)
+        hoist(model)
     return model
 
 
@@ -53,6 +59,36 @@ def unsigned(model: Any) -> int:
     if count:
         model.validate_nodes_and_infer_types()
     return count
+
+
+def hoist(model: Any) -> int:
+    """Round values before they are turned or reshaped, where nobody reads them in between; how many
+    were rounded earlier."""
+    count = 0
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "FakeQuantize":
+            count += _rounded_first(node)
+    if count:
+        model.validate_nodes_and_infer_types()
+    return count
+
+
+def _rounded_first(quantize: Any) -> bool:
+    if any(_number(quantize.input_value(index)) is None for index in range(1, 5)):
+        return False
+    moved: list[Any] = []
+    value = quantize.input_value(0)
+    while value.get_node().get_type_name() in _MOVES and len(value.get_target_inputs()) == 1:
+        moved.append(value.get_node())
+        value = moved[-1].input_value(0)
+    if not moved:
+        return False
+    # What turns the value takes it in 8 bits; after it comes whoever read it.
+    quantize.input(0).replace_source_output(value)
+    for user in quantize.output(0).get_target_inputs():
+        user.replace_source_output(moved[0].output(0))
+    moved[-1].input(0).replace_source_output(quantize.output(0))
+    return True
 
 
 def _unsign(quantize: Any) -> bool:

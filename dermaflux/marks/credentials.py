@@ -2,8 +2,8 @@
 
 It says that a trained model made the picture (IPTC's `trainedAlgorithmicMedia`), with which bundle
 and request, and the SHA-256 of the exact pixels before any mark. It has no thumbnail, so that it
-takes 3.6 kB and not 33. The prompt is not in it, only a keyed hash: captions come from few words, so
-a plain hash could be found by trying them all.
+takes 3.6 kB and not 33. The prompt is not in it, only a keyed hash: captions come from few words,
+so a plain hash could be found by trying them all.
 
     >>> credentials = Credentials(Keys.open(folder))
     >>> data = credentials.sign(encode(pixels, record), "png", {"bundle": ...})

@@ -15,19 +15,37 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
+from typing import Final
 
 import numpy as np
 from PIL import Image
 
 from dermaflux import tiers
 from dermaflux.bundle import Bundle, ClassifierSpec
-from dermaflux.engines import Choice, Engine, choose, load
+from dermaflux.engines import (
+    OPENVINO,
+    OPENVINO_GPU,
+    OPENVINO_NPU,
+    Choice,
+    Engine,
+    choose,
+    load,
+)
 from dermaflux.errors import BundleError, EngineError
 from dermaflux.flow import Floats
 from dermaflux.intake import Intake, Look, Reason, look
+
+SALIENCY: Final = "saliency"
+PRUNED: Final = "pruned"
+"""The tier whose answers are of fewer pieces of the picture, and the end of its precision's name.
+"""
+_LEAVES_OUT: Final = (OPENVINO, OPENVINO_GPU, OPENVINO_NPU)
+"""Engines that do not compute what is not read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class Prediction:
     `probability` is of malignancy, 0 to 1; `label` compares it with `threshold`; `decision` is the
     label, or `abstain` where the probability is within the band in which it is not to be trusted,
     or where the gate did not accept the picture: then `reasons` say why, and label and probability
-    mean nothing.
+    mean nothing. `tier` is the one that it was asked in, and `pruned` wherever that is what ran.
     """
 
     label: str
@@ -47,28 +65,36 @@ class Prediction:
     logits: tuple[float, ...]
     accepted: bool = True
     reasons: tuple[Reason, ...] = ()
+    tier: str | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is needed of a picture from here on: the classifier's input float32 [3, H, W], and what
-    the gate looks at, where there is a gate. The picture itself can be forgotten."""
+    """What is needed of a picture from here on: the classifier's input float32 [3, H, W], what the
+    gate looks at, where there is a gate, and whether a saliency is asked for. The picture itself
+    can be forgotten."""
 
     pixels: Floats
     look: Look | None = None
+    saliency: bool = False
 
 
 @dataclass(frozen=True)
 class Judged:
     """A prediction, and the graph's saliency float32 [rows, columns], its largest 1, where it gives
-    one: see `dermaflux.saliency`."""
+    one and it was asked for: see `dermaflux.saliency`."""
 
     prediction: Prediction
     saliency: Floats | None = None
 
 
 class Classifier:
-    """A classifier over one engine. Safe to use from several threads at once."""
+    """A classifier over one engine. Safe to use from several threads at once.
+
+    A saliency takes a second look with `mapper`, an engine of the same file that is made at the
+    first such look, where the first engine leaves it out: of a ViT-B/16 it is an eighth of the
+    work. So an answer is the same whether a saliency was asked for or not.
+    """
 
     def __init__(
         self,
@@ -77,8 +103,14 @@ class Classifier:
         max_batch: int = 8,
         choice: Choice | None = None,
         intake: Intake | None = None,
+        mapper: Callable[[], Engine] | None = None,
+        tier: str | None = None,
     ) -> None:
         self.spec = spec
+        self.tier = PRUNED if engine.precision.endswith(f"-{PRUNED}") else tier
+        self._map = mapper
+        self._mapper: Engine | None = None
+        self._making = Lock()
         self.intake = intake
         self.engine = engine
         self.choice = choice
@@ -113,11 +145,14 @@ class Classifier:
             )
         choice = choose(bundle, "classifier", engine, precision, tier=chosen)
         weights = None if checkpoint is None else Path(checkpoint)
-        loaded = load(bundle, choice, checkpoint=weights, threads=threads)
+        with_map = partial(load, bundle, choice, checkpoint=weights, threads=threads)
+        loaded = with_map(outputs=("logits", "features"))
         spec = bundle.classifier
         wanted = spec.intake if gated else None
         intake = None if wanted is None else Intake.open(wanted, bundle.path)
-        return cls(spec, loaded, bundle.limits.max_batch, choice, intake)
+        given = {one.name for one in bundle.parts["classifier"].outputs}
+        mapper = with_map if SALIENCY in given and choice.engine in _LEAVES_OUT else None
+        return cls(spec, loaded, bundle.limits.max_batch, choice, intake, mapper, tier)
 
     def classify(self, images: Sequence[Image.Image]) -> list[Prediction]:
         """One prediction per RGB picture, in order, in batches of the bundle's `max_batch`.
@@ -127,14 +162,15 @@ class Classifier:
         """
         predictions: list[Prediction] = []
         for start in range(0, len(images), self._max_batch):
-            chunk = [self.prepare(image) for image in images[start : start + self._max_batch]]
+            some = images[start : start + self._max_batch]
+            chunk = [self.prepare(image, saliency=False) for image in some]
             predictions += [one.prediction for one in self.judge(chunk)]
         return predictions
 
-    def prepare(self, image: Image.Image) -> Prepared:
+    def prepare(self, image: Image.Image, *, saliency: bool = False) -> Prepared:
         """An RGB picture, ready to be judged. May be called from several threads at once."""
         seen = None if self.intake is None else look(image)
-        return Prepared(preprocess(image, self.spec), seen)
+        return Prepared(preprocess(image, self.spec), seen, saliency)
 
     def judge(self, pictures: Sequence[Prepared]) -> list[Judged]:
         """`classify` of pictures that `prepare` made ready; the same answers, in order.
@@ -153,14 +189,28 @@ class Classifier:
                         f"{self.engine.name} in {self.engine.precision} gave {name} that are not "
                         "finite; try another precision"
                     )
-            maps = found.get("saliency")
+            maps = self._maps(chunk, found.get(SALIENCY))
             for row, one in enumerate(chunk):
                 reasons: tuple[Reason, ...] = ()
                 if self.intake is not None and one.look is not None:
                     reasons = self.intake.reasons(one.look, found["features"][row])
-                prediction = predict(found["logits"][row], self.spec, reasons)
-                judged.append(Judged(prediction, None if maps is None else maps[row]))
+                prediction = predict(found["logits"][row], self.spec, reasons, self.tier)
+                judged.append(Judged(prediction, maps.get(row)))
         return judged
+
+    def _maps(self, chunk: Sequence[Prepared], found: Floats | None) -> dict[int, Floats]:
+        """Saliencies by row, of those that ask for one."""
+        rows = [row for row, one in enumerate(chunk) if one.saliency]
+        if found is not None:
+            return {row: found[row] for row in rows}
+        if not rows or self._map is None:
+            return {}
+        with self._making:
+            if self._mapper is None:
+                self._mapper = self._map()
+        pixels = np.stack([chunk[row].pixels for row in rows])
+        maps = self._mapper.run({"pixel_values": pixels})[SALIENCY]
+        return dict(zip(rows, maps, strict=True))
 
 
 def preprocess(image: Image.Image, spec: ClassifierSpec) -> Floats:
@@ -189,7 +239,12 @@ def frame(size: tuple[int, int], spec: ClassifierSpec) -> tuple[tuple[int, int],
     return resized, (round((resized[0] - width) / 2), round((resized[1] - height) / 2))
 
 
-def predict(logits: Floats, spec: ClassifierSpec, reasons: tuple[Reason, ...] = ()) -> Prediction:
+def predict(
+    logits: Floats,
+    spec: ClassifierSpec,
+    reasons: tuple[Reason, ...] = (),
+    tier: str | None = None,
+) -> Prediction:
     """Logits [classes] -> a prediction. The band is half open: low <= probability < high. With
     `reasons` against the picture there is no decision."""
     scaled = logits.astype(np.float64) / spec.temperature
@@ -205,6 +260,7 @@ def predict(logits: Floats, spec: ClassifierSpec, reasons: tuple[Reason, ...] = 
         logits=tuple(float(value) for value in logits),
         accepted=not reasons,
         reasons=reasons,
+        tier=tier,
     )
 
 

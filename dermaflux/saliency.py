@@ -6,7 +6,7 @@ it is laid over the picture: resized to the part that the classifier saw, clear 
 where the model looked, not why, and explains nothing clinically: a map may sit on the lesion and
 the answer be wrong.
 
-    >>> (judged,) = classifier.judge([classifier.prepare(picture)])
+    >>> (judged,) = classifier.judge([classifier.prepare(picture, saliency=True)])
     >>> overlay(judged.saliency, picture.size, classifier.spec).save("where.png")
 """
 

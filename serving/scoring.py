@@ -155,7 +155,7 @@ class Scoring:
                 size = image.size
                 result.fault = unsuitable(size)
                 if result.fault is None:
-                    prepared = self.classifier.prepare(image)
+                    prepared = self.classifier.prepare(image, saliency=photograph.saliency)
         except ImageError as error:
             result.fault = Fault(kind="invalid_image", message=str(error))
         except Exception as error:

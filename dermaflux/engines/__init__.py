@@ -13,7 +13,7 @@ nothing else.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -165,8 +165,10 @@ def load(
     threads: int | None = None,
     compile: bool = False,
     fast: bool = False,
+    outputs: Collection[str] | None = None,
 ) -> Engine:
-    """Make the engine of a choice; `threads` is per engine, all usable cores without it.
+    """Make the engine of a choice; `threads` is per engine, all usable cores without it. Where only
+    some `outputs` are read, an engine may leave out the others.
 
     `checkpoint`, `compile` (torch.compile) and `fast` (our own forward, `dermaflux.engines.flux`,
     instead of diffusers') are for `eager` alone.
@@ -206,7 +208,7 @@ def load(
         return OrtEngine(graph, choice.precision, threads)
     from dermaflux.engines import ov
 
-    return ov.load(bundle, choice, threads)
+    return ov.load(bundle, choice, threads, outputs)
 
 
 def installed(engine: str) -> bool:

@@ -53,7 +53,7 @@ def test_the_place_that_was_looked_at_is_that_of_the_picture(tiny_bundle):
         return {"logits": np.zeros((len(red), 2), np.float32), "saliency": patches}
 
     classifier = Classifier(spec, Fake(looks))
-    (judged,) = classifier.judge([classifier.prepare(image)])
+    (judged,) = classifier.judge([classifier.prepare(image, saliency=True)])
     assert judged.saliency is not None
     grey = np.asarray(overlay(judged.saliency, image.size, spec).split()[0]).astype(float)
     rows, columns = np.indices(grey.shape)
@@ -68,3 +68,36 @@ def test_prepared_pictures_are_judged_as_pictures_are(tiny_bundle):
     judged = classifier.judge([classifier.prepare(one) for one in pictures])
     assert [one.prediction for one in judged] == classifier.classify(pictures)
     assert {one.saliency for one in judged} == {None}
+
+
+def test_a_map_is_made_for_whom_it_is_asked_and_changes_no_answer(tiny_bundle):
+    """One engine leaves the maps out; another is made at the first that is asked for, once."""
+    made: list[Fake] = []
+    seen: list[int] = []
+
+    def looks(inputs):
+        pixels = inputs["pixel_values"]
+        seen.append(len(pixels))
+        logits = np.stack([pixels[:, 0, 0, 0], pixels[:, 1, 0, 0]], 1)
+        return {"logits": logits, "saliency": pixels[:, 0, ::8, ::8]}
+
+    def lean(inputs):
+        return {"logits": looks(inputs)["logits"]}
+
+    def mapper() -> Fake:
+        made.append(Fake(looks))
+        return made[-1]
+
+    classifier = Classifier(tiny_bundle.classifier, Fake(lean), mapper=mapper)
+    shades = (10, 200, 90)
+    pictures = [Image.new("RGB", (40, 40), (shade, 255 - shade, 0)) for shade in shades]
+    plain = classifier.judge([classifier.prepare(one) for one in pictures])
+    assert made == []
+    asked = [classifier.prepare(one, saliency=number != 1) for number, one in enumerate(pictures)]
+    found = [classifier.judge(asked), classifier.judge(asked)][1]
+    assert len(made) == 1
+    assert seen == [3, 3, 2, 3, 2]
+    assert [one.prediction for one in found] == [one.prediction for one in plain]
+    assert found[1].saliency is None
+    for number in (0, 2):
+        assert np.array_equal(found[number].saliency, asked[number].pixels[0, ::8, ::8])

@@ -312,10 +312,10 @@ def test_files_of_the_next_batch_are_read_while_one_is_judged() -> None:
     judge = Scoring(Classifier(SPEC, fake.Fake(slow)))
     prepare, ready = judge.classifier.prepare, threading.Semaphore(0)
 
-    def noted(image: Image.Image) -> Any:
+    def noted(image: Image.Image, **asked: bool) -> Any:
         read.append(1)
         ready.release()
-        return prepare(image)
+        return prepare(image, **asked)
 
     judge.classifier.prepare = noted  # type: ignore[method-assign]
     with ThreadPoolExecutor(2) as pool:

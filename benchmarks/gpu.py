@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --seconds 120 --rows lossless,fp8
     python -m benchmarks.gpu --device cpu            # tried at a reduced shape, not measured
 
-Needs torch, and diffusers, transformers and timm for their own rows alone: a row whose package is
-not there says so and the others go on. Weights are made on the device, so nothing is loaded. Rows
+Needs torch and the core's own numpy, pillow and tokenizers; diffusers, transformers and timm for
+their own rows alone: a row whose package is not there says so and the others go on. Weights are made on the device, so nothing is loaded. Rows
 come in the order of their value; what does not fit in the seconds is left out and named. The result
 is written whole after each row, so a run that is stopped (SIGTERM, Ctrl-C) has all rows before.
 

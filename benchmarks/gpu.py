@@ -5,9 +5,10 @@
     python -m benchmarks.gpu --device cpu            # tried at a reduced shape, not measured
 
 Needs torch and the core's own numpy, pillow and tokenizers; diffusers, transformers and timm for
-their own rows alone: a row whose package is not there says so and the others go on. Weights are made on the device, so nothing is loaded. Rows
-come in the order of their value; what does not fit in the seconds is left out and named. The result
-is written whole after each row, so a run that is stopped (SIGTERM, Ctrl-C) has all rows before.
+their own rows alone: a row whose package is not there says so and the others go on. Weights are
+made on the device, so nothing is loaded. Rows come in the order of their value; what does not fit
+in the seconds is left out and named. The result is written whole after each row, so a run that is
+stopped (SIGTERM, Ctrl-C) has all rows before.
 
 No GPU has run this yet. On a CPU it runs end to end at a reduced shape, with blocks traced and not
 compiled, and the result says that it is no GPU figure.

@@ -253,7 +253,8 @@ def gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     yield
-    until = time.monotonic() + 20
+    # Workers that were just beginning look half a minute for a cluster whose driver has crashed.
+    until = time.monotonic() + 60
     while left := ours():
         assert time.monotonic() < until, left
         time.sleep(0.1)

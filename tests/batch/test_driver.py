@@ -65,7 +65,7 @@ def draw(settings: Settings, tries: list[Any]) -> list[bytes]:
 
 
 def test_what_comes_back_is_passed_on(speaking, settings: Settings) -> None:
-    speaking(_ASKED + "ends.send(b'one'); ends.send(b'two'); ends.send(None); ends.recv()")
+    speaking(_ASKED + "ends.send(b'one'); ends.send(b'two'); ends.send(None); ends.poll(None)")
     assert draw(settings, [1, 2, 3]) == [b"one", b"two"]
 
 
@@ -81,7 +81,7 @@ def test_what_comes_back_is_passed_on(speaking, settings: Settings) -> None:
 def test_why_nothing_comes_back_is_told(
     speaking, settings: Settings, caplog, answer: str, kind: type[EngineError], words: str
 ) -> None:
-    speaking(_ASKED + f"ends.send({answer}); ends.recv()")
+    speaking(_ASKED + f"ends.send({answer}); ends.poll(None)")
     with pytest.raises(kind, match=words):
         draw(settings, [1])
     assert ("a trace" in caplog.text) == ("trace" in answer)

@@ -26,8 +26,7 @@ run: setup $(BUNDLE)/bundle.json
 	DERMAFLUX_BUNDLE=$(BUNDLE) BENTOML_DO_NOT_TRACK=true \
 		$(BIN)/bentoml serve serving.service:DermaFlux --host 127.0.0.1 --port $(PORT)
 
-# Trainers have a process of their own, as in use. In one process with all other tests the suite once
-# ended in a segmentation fault in tests/training/test_lora_run.py; the cause is not known.
+# Trainers have a process of their own, as in use.
 test: setup
 	$(BIN)/python -m pytest --ignore=tests/training
 	$(BIN)/python -m pytest tests/training

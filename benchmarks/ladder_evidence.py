@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from dermaflux.engines import Array, Arrays, Engine
 from dermaflux.pipeline import Pipeline
@@ -22,6 +22,13 @@ from dermaflux.residency import InTurns
 _COMPUTE: Final = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution",
                    "ScaledDotProductAttention")  # fmt: skip
 _EIGHT: Final = ("i8", "u8")
+
+
+@runtime_checkable
+class Proven(Protocol):
+    """An engine that counts itself: bytes of weights, compilations, graphs."""
+
+    def counts(self) -> dict[str, int]: ...
 
 
 class Counted:
@@ -85,6 +92,9 @@ def evidence_of(engines: Mapping[str, Engine]) -> dict[str, Any]:
             told["computes"] = computes
         if getattr(engine, "note", ""):
             told["note"] = getattr(engine, "note", "")
+        if isinstance(engine, Proven):
+            # Torch has two forwards under one name; ours counts what it made ready.
+            told["made"] = engine.counts()
         if isinstance(given, Counted):
             told |= {"calls": given.calls, "items": given.items}
         found[part] = told

@@ -115,13 +115,13 @@ def _ours(
     bundle: Bundle, checkpoint: Path, options: Options
 ) -> list[tuple[str, str, Opened, dict[str, Any]]]:
     """Name, technique, how to open it, and what more the rung has; in the ladder's order."""
-    threads = options.threads
+    threads, after = options.threads, {"before": EAGER}
     opened = partial(Pipeline.open, bundle, threads=threads)
     rows: list[tuple[str, str, Opened, dict[str, Any]]] = [
         ("plain onnxruntime fp32", "the graphs in default sessions, our loop in numpy",
          partial(sessions.pipeline_of, bundle, threads), {"ours": False, "before": EAGER}),
         ("torch engine fp32", "our loop and blocks in torch: modulation of all steps at once",
-         partial(Pipeline.from_checkpoint, checkpoint, threads=threads), {"before": EAGER}),
+         partial(Pipeline.from_checkpoint, checkpoint, threads=threads, tier="lossless"), after),
         ("onnxruntime fp32", "our session: no spinning threads, the same bits every time",
          partial(opened, engine=ORT, precision="fp32"), {"before": "plain onnxruntime fp32"}),
         ("openvino fp32", "OpenVINO; what stays the same is bound once (tier lossless)",

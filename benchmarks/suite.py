@@ -115,7 +115,13 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         "machine_limits": limits.told(),
         "sections": {},
     }
-    for name, section in plan(settings, bundle, task, limits, threads).items():
+    sections = plan(settings, bundle, task, limits, threads)
+    if not sections:
+        raise DermaFluxError(
+            f"nothing of --sections {','.join(settings.sections)} can be measured: {bundle.path} "
+            "has no classifier, or no --classifier-bundle was given"
+        )
+    for name, section in sections.items():
         print(f"section {name}", file=sys.stderr)
         started = time.perf_counter()
         with section.opened as ladder:

@@ -231,6 +231,25 @@ def test_the_real_ladders_climb(
     assert all(one["floor_reached"] > 0 for one in everything)
 
 
+def test_the_torch_row_runs_our_forward(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
+    options = ladder_generation.Options(threads=1)
+    rows = ladder_generation._ours(tiny_bundle, tiny_checkpoint, options)
+    (opened,) = (row[2] for row in rows if row[0] == "torch engine fp32")
+    assert "made" in evidence_of(counted(opened()))["transformer"]
+    plain = counted(Pipeline.from_checkpoint(tiny_checkpoint, threads=1))
+    assert "made" not in evidence_of(plain)["transformer"], "diffusers' own forward"
+
+
+def test_sections_that_cannot_be_had_are_told(
+    tiny_bundle: Bundle, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "same_model", lambda *_: None)
+    monkeypatch.setattr(suite.Limits, "measured", lambda: LIMITS)
+    words = ["--bundle", str(tiny_bundle.path), "--sections=classification_other"]
+    assert suite.main(words) == 2
+    assert "--classifier-bundle" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -151,7 +151,9 @@ class Classifier:
         wanted = spec.intake if gated else None
         intake = None if wanted is None else Intake.open(wanted, bundle.path)
         given = {one.name for one in bundle.parts["classifier"].outputs}
-        mapper = with_map if SALIENCY in given and choice.engine in _LEAVES_OUT else None
+        # A merged patch has no place on a map: a pruned file has none.
+        mapped = SALIENCY in given and not choice.precision.endswith(f"-{PRUNED}")
+        mapper = with_map if mapped and choice.engine in _LEAVES_OUT else None
         return cls(spec, loaded, bundle.limits.max_batch, choice, intake, mapper, tier)
 
     def classify(self, images: Sequence[Image.Image]) -> list[Prediction]:

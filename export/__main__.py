@@ -35,7 +35,7 @@ from dermaflux.policy import Policy, judge
 from export.heap import MAPPED, unmap_from
 from export.parity import require
 from export.prompts import require_seed
-from export.recipes import ENGINES, FILES, MAY_RUN, PRECISIONS, RECIPES
+from export.recipes import ENGINES, FILES, MAY_RUN, PRECISIONS, PRUNED, RECIPES
 from export.staging import staged
 
 if TYPE_CHECKING:
@@ -79,6 +79,10 @@ class Settings:
         None,
     )
     attention: bool = option("int8 and fp8: queries, keys and values in 8 bits too", False)
+    merged: float = option(
+        f"{PRUNED}: share of the work of a vision transformer's blocks that is left; default: 0.6",
+        0.6,
+    )
     lpips: Path | None = option(
         "torchvision's AlexNet as safetensors: images are compared by LPIPS as well", None
     )
@@ -277,13 +281,17 @@ def _graphs(
     say: Callable[[str], None],
 ) -> Iterator[Graph]:
     """A part's files: traced once, then said in every precision that there is a recipe for."""
-    from export import attention, shapes, trace, verify
+    from export import attention, pruned, shapes, trace, verify
     from export.lower import lower
     from export.quantized import eligible, quantized
 
-    model = trace.trace(checkpoint.path, part, shapes.examples(checkpoint, part, _size(checkpoint)))
+    examples = shapes.examples(checkpoint, part, _size(checkpoint))
+    model = trace.trace(checkpoint.path, part, examples)
     say(f"{part} traced")
     asked = [precision for precision in settings.precision if part in RECIPES[precision]]
+    merger = pruned.merger_of(checkpoint.path, settings.merged) if PRUNED in asked else None
+    if PRUNED in asked and merger is None:
+        asked.remove(PRUNED)
     for precision in [one for one in asked if RECIPES[one][part].kind is not None]:
         if not eligible(model, RECIPES[precision][part]):
             log.info("%s has no layer that %s is for, and no file of it", part, precision)
@@ -293,7 +301,10 @@ def _graphs(
         recipe, graph = RECIPES[precision][part], folder / part / FILES[precision]
         if part == "transformer" and recipe.kind is not None:
             recipe = replace(recipe, attention=settings.attention)
-        variant = lower(model.clone(), recipe)
+        whole = model
+        if precision == PRUNED:
+            whole = trace.trace(checkpoint.path, part, examples, merger)
+        variant = lower(whole.clone(), recipe)
         products = 0
         if recipe.kind is not None:
             assert table is not None
@@ -310,7 +321,11 @@ def _graphs(
             yield verify.Graph(graph, part, precision)
             continue
         sized = reference.sized[part] if precision == "fp32" else ()
-        found = verify.part(graph, part, precision, [*reference.seen[part], *sized])
+        seen = reference.seen[part]
+        if precision == PRUNED:
+            assert merger is not None
+            seen = pruned.merged_cases(checkpoint.path, merger, seen)
+        found = verify.part(graph, part, precision, [*seen, *sized])
         verify.require_active(found, products)
         assert found.parity is not None
         say(f"{part} in {precision}, {found.parity.relative:.1e} from eager")
@@ -355,6 +370,10 @@ def _check(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     if not settings.precision or not settings.engines:
         raise BundleError("--precision and --engines need a name each")
     require_seed(settings.seed)
+    if not 0 < settings.merged <= 1:
+        raise BundleError(f"--merged {settings.merged} is no share; use a number above 0, up to 1")
+    if set(settings.precision) == {PRUNED}:
+        raise BundleError(f"{PRUNED} is a file of the classifier alone; add fp32 to --precision")
     for precision in settings.precision:
         if not set(MAY_RUN[precision]) & set(settings.engines):
             raise BundleError(

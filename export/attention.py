@@ -35,7 +35,7 @@ def split(model: onnx_ir.Model) -> tuple[str, ...]:
     """Say every attention with its three products apart; the names of their layers as they were.
 
     Each becomes `NAME.query`, `NAME.key` and `NAME.value`. An attention of another form (queries
-    that are normalised, a mask) stays as it is.
+    that are normalised) stays as it is.
     """
     parted = []
     for node in tuple(model.graph):
@@ -81,10 +81,11 @@ def in8(model: onnx_ir.Model, names: Sequence[str], kind: str, seen: Channels) -
 
 def _product(attention: onnx_ir.Node) -> onnx_ir.Node | None:
     """The product that an attention's three inputs are parts of, if they are timm's."""
-    if len([value for value in attention.inputs if value is not None]) != 3:
+    # The fourth is what is added to the scores; a cache would come after it.
+    if any(value is not None for value in attention.inputs[4:]):
         return None
     found = []
-    for value in attention.inputs:
+    for value in attention.inputs[:3]:
         for kind in ("Squeeze", "Slice", "Transpose", "Reshape", "Add", "MatMul"):
             maker = value.producer() if value is not None else None
             if maker is None or maker.op_type != kind:
@@ -152,17 +153,34 @@ def _apart(attention: onnx_ir.Node, product: onnx_ir.Node) -> list[onnx_ir.Value
     across = _turned(Place(attention, f"{place.stem}.key.across"), made[1], [0, 2, 3, 1], rest)
     told = attention.attributes.get("scale")
     factor = 1 / math.sqrt(size) if told is None else told.as_float()
-    own = Place(attention, str(attention.name))
+    own = Place(attention, place.stem.removesuffix(".qkv"))
     by = constant(own, f"{own.stem}.factor", np.array(factor), rest)
     scores = node_before(own, "MatMul", [query, across], rest, None, "scores")
     scaled = node_before(own, "Mul", [scores, by], rest, None, "scaled")
+    if len(attention.inputs) > 3 and attention.inputs[3] is not None:
+        scaled = node_before(own, "Add", [scaled, attention.inputs[3]], rest, None, "weighted")
     weights = node_before(own, "Softmax", [scaled], rest, None, "weights", axis=-1)
     mixed = node_before(own, "MatMul", [weights, value], rest, attention.outputs[0].shape, "mixed")
     attention.outputs[0].replace_all_uses_with(mixed)
-    for old, new in zip(tuple(attention.inputs), (query, key, value), strict=True):
+    for old, new in zip(tuple(attention.inputs[:3]), (query, key, value), strict=True):
         assert old is not None
         old.replace_all_uses_with(new)
+    for use in tuple(key.uses()):
+        _mean_of_heads(use.node, made[1])
     return sums
+
+
+def _mean_of_heads(node: onnx_ir.Node, heads: onnx_ir.Value) -> None:
+    """Let a mean over heads be taken before they are turned."""
+    axes = node.inputs[1] if node.op_type == "ReduceMean" and len(node.inputs) > 1 else None
+    kept = node.attributes.get("keepdims")
+    if axes is None or axes.const_value is None or kept is None or kept.as_int():
+        return
+    if list(axes.const_value.numpy().reshape(-1)) != [1]:
+        return
+    node.replace_input_with(0, heads)
+    place = Place(node, f"{node.name}.heads")
+    node.replace_input_with(1, constant(place, f"{place.stem}.axis", np.array([2]), _INDEX))
 
 
 _INDEX: Final = onnx_ir.DataType.INT64

@@ -49,12 +49,15 @@ from dermaflux.engines import (
     TENSORRT,
 )
 
-PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8", "fp8")
+PRUNED: Final = "int8-pruned"
+"""int8 of a graph that does less work: see `dermaflux.engines.merging`."""
+PRECISIONS: Final = ("fp32", "bf16", "fp16", "int8", "fp8", PRUNED)
 FILES: Final[Mapping[str, str]] = {
     "fp32": "model.onnx",
     "bf16": "model_bf16.onnx",
     "fp16": "model_fp16.onnx",
     "int8": "model_int8.onnx",
+    PRUNED: "model_int8-pruned.onnx",
     "fp8": "model_fp8.onnx",
 }
 """Precision -> the name of its file; Optimum opens `model.onnx`."""
@@ -67,6 +70,8 @@ MAY_RUN: Final[Mapping[str, tuple[str, ...]]] = {
     # Symmetric int8 wins nothing on ONNX Runtime's CPU kernels, which want unsigned activations: a
     # step of the transformer took 0.9 to 1.1 times that of fp32 there, and on OpenVINO half.
     "int8": (OPENVINO, OPENVINO_GPU, OPENVINO_NPU, ORT_TENSORRT, TENSORRT),
+    # Made for CPUs: a GPU has other ways to be fast, and nothing of it has run there.
+    PRUNED: (OPENVINO,),
     # ONNX Runtime's TensorRT provider is built against TensorRT 10 and falls back without a word.
     "fp8": (ORT, TENSORRT),
 }
@@ -141,6 +146,10 @@ _SMOOTH: Final = 0.5
 _T5_FP16: Final = Recipe(rest="float16", low=("MatMul",), high=("*.wo",))
 _VAE_FP16: Final = Recipe(rest="float16", low=("Conv",), high=("decoder.conv_out",))
 
+_CLASSIFIER_INT8: Final = Recipe(
+    rest="float16", kind="int8", keep=_CLASSIFIER, per_channel=True, apart=True
+)
+
 RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
     "fp32": {
         part: Recipe()
@@ -170,10 +179,9 @@ RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
             per_channel=True,
             smooth=_SMOOTH,
         ),
-        "classifier": Recipe(
-            rest="float16", kind="int8", keep=_CLASSIFIER, per_channel=True, apart=True
-        ),
+        "classifier": _CLASSIFIER_INT8,
     },
+    PRUNED: {"classifier": _CLASSIFIER_INT8},
     "fp8": {
         "transformer": Recipe(
             rest="float16", kind="float8e4m3fn", keep=_ENDS, weights_only=_MODULATIONS

@@ -29,7 +29,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -129,16 +129,22 @@ class RotaryAttention:
         return functional.scaled_dot_product_attention(query, key, value)
 
 
-def trace(checkpoint: Path, part: str, inputs: Arrays) -> onnx_ir.Model:
+def trace(
+    checkpoint: Path,
+    part: str,
+    inputs: Arrays,
+    variant: Callable[[nn.Module], nn.Module] | None = None,
+) -> onnx_ir.Model:
     """The graph of a part in fp32, with inputs, outputs and free axes named as in `AXES`.
 
     `inputs` are example arrays; no size of a free axis of theirs gets into the graph. Initializers
-    are read from the checkpoint's shards when their numbers are asked for.
+    are read from the checkpoint's shards when their numbers are asked for. `variant` makes of the
+    part what is traced in its place, of the same `model`.
 
     Raises:
         BundleError: the shards lack a tensor.
     """
-    module, buffers = _skeleton(checkpoint, part)
+    module, buffers = _skeleton(checkpoint, part, variant)
     names: tuple[str, ...] = module.inputs  # type: ignore[assignment]
     outputs: tuple[str, ...] = module.outputs  # type: ignore[assignment]
     free = tuple({axis: torch.export.Dim.DYNAMIC for axis in AXES[name]} or None for name in names)
@@ -179,10 +185,14 @@ def size(graph: Path) -> int:
     return graph.stat().st_size + (data.stat().st_size if data.exists() else 0)
 
 
-def _skeleton(checkpoint: Path, part: str) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
+def _skeleton(
+    checkpoint: Path, part: str, variant: Callable[[nn.Module], nn.Module] | None
+) -> tuple[nn.Module, Mapping[str, torch.Tensor]]:
     """A part on the device "meta", and the numbers of its buffers, which no shard need hold."""
     module = skeleton(checkpoint, part)
     restate(module)
+    if variant is not None:
+        module = variant(module)
     # Before `to`, which changes the module itself.
     buffers = dict(module.named_buffers())
     return module.to("meta"), buffers

@@ -1,6 +1,6 @@
 """The classifier's service: a process of its own, so that it never waits for a generation.
 
-`serving.scores` puts photographs of many callers together; a call here is a batch. Everything that
+`serving.remote` puts photographs of many callers together; a call here is a batch. Everything that
 is a photograph's own comes back as its own result (`serving.scoring`); an exception here would be
 that of the whole batch. Where BentoML is not as one would think:
 
@@ -49,7 +49,7 @@ ENVIRONMENT = [{"name": "MALLOC_MMAP_THRESHOLD_", "value": str(2**20)}]
 picture in a heap that falls to pieces: 1.4 GB after some of 38 million pixels, 0.3 GB with this."""
 PICKLE = "application/vnd.bentoml+pickle"
 """What BentoML's processes say to each other. Said here, since where nothing is said BentoML makes
-the JSON schema of the results anew for every reply, to read from it what they are: 2 ms each."""
+the JSON schema of the results anew for every reply, to read from it what they are."""
 NEVER = 10**9
 """Seconds, and milliseconds: some bound has to be given."""
 

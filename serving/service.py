@@ -43,8 +43,9 @@ from serving.draining import Work, finish_before_exit
 from serving.framework import listening_host
 from serving.readiness import Readiness, prove
 from serving.records import Records
+from serving.remote import Remote
 from serving.scorer import ENVIRONMENT, Scorer, Untimed, refuse_pickle_over_tcp
-from serving.scores import Local, Remote, Scores
+from serving.scores import Local, Scores
 from serving.settings import Settings
 from serving.sources import find_bundle
 from serving.starting import starting

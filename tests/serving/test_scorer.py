@@ -21,8 +21,9 @@ from dermaflux.classifier import Classifier
 from dermaflux.engines import Array, Arrays, fake
 from dermaflux.errors import BundleError, EngineError
 from serving.places import Places
+from serving.remote import ATTEMPTS, Remote
 from serving.replies import Refusal
-from serving.scores import ATTEMPTS, Local, Remote, Trouble, UnavailableError, beside
+from serving.scores import Local, Trouble, UnavailableError, beside
 from serving.scoring import Answer, Photograph, Result, Scoring
 from tests.lenient import lenient
 from tests.serving.live import SPEC, picture
@@ -202,7 +203,7 @@ async def turns() -> None:
 
 
 def test_the_other_process_is_followed_through_its_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.scores.AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("serving.remote.AGAIN_SECONDS", 0.0)
 
     async def lives() -> None:
         process = Process()
@@ -212,7 +213,8 @@ def test_the_other_process_is_followed_through_its_lives(monkeypatch: pytest.Mon
             ("loading\n", Trouble("The classifier is being loaded.")),
             # What is said in two breaths may come as one.
             ("loading\nready\n", None),
-            ("The driver is gone.\n", Trouble("The driver is gone.", passes=False)),
+            ("The driver", None),  # half a line says nothing yet
+            (" is gone.\n", Trouble("The driver is gone.", passes=False)),
             (None, Trouble("The classifier's process ended and is being started again.")),
             ("loading\nready\n", None),
         ):
@@ -267,7 +269,9 @@ def test_who_comes_meanwhile_goes_together_and_nobody_waits_for_a_batch_to_fill(
     asyncio.run(asked())
 
 
-def test_a_call_whose_callers_have_all_left_holds_up_nobody() -> None:
+def test_a_call_that_all_have_left_keeps_its_place_until_it_is_back() -> None:
+    """The other process scores it all the same."""
+
     async def leave() -> None:
         process = Process(turn=asyncio.Semaphore(0))
         assert process.turn is not None
@@ -283,7 +287,15 @@ def test_a_call_whose_callers_have_all_left_holds_up_nobody() -> None:
             one.cancel()
         await turns()
         assert process.sizes == [1, 4]
-        process.turn.release(), process.turn.release()
+        for _ in range(50):  # who ask and leave at once
+            hasty = asyncio.create_task(remote.score(Photograph(data=b"hasty")))
+            await turns()
+            hasty.cancel()
+            await turns()
+        assert process.sizes == [1, 4]
+        for _ in range(3):
+            process.turn.release()
+            await turns()
         found = await asyncio.gather(*coming, return_exceptions=True)
         labels = [one.answer.label for one in found if isinstance(one, Result) and one.answer]
         assert labels == ["1", "3", "4", "6"]
@@ -333,7 +345,7 @@ def test_files_of_the_next_batch_are_read_while_one_is_judged() -> None:
 def test_whoever_waits_for_a_process_that_dies_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("serving.scores.AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("serving.remote.AGAIN_SECONDS", 0.0)
 
     async def dies() -> None:
         process = Process(hangs=True)
@@ -375,7 +387,11 @@ def test_a_connection_that_was_just_closed_is_no_failure(losing: int, calls: int
     asyncio.run(asked())
 
 
-def test_a_caller_who_leaves_takes_the_call_along() -> None:
+def test_a_call_that_never_comes_back_is_given_up_when_all_have_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serving.remote.LEFT_SECONDS", 0.0)
+
     async def leaves() -> None:
         process = Process(hangs=True)
         remote = Remote(process, (Lost,))

@@ -1,5 +1,7 @@
 """The golden image: made at export, made again here, compared. Engines that are wrong show here.
 
+It is about engines, so every step of it is computed, whatever the tier.
+
 >>> check(bundle, Pipeline.open(bundle))
 Comparison(psnr_db=99.0, tolerance_db=30.0)
 """
@@ -53,7 +55,7 @@ def check(bundle: Bundle, pipeline: Pipeline) -> Comparison | None:
             f"the golden image of {bundle.path} cannot be made again: {error}; export the bundle "
             "again"
         ) from error
-    (made,) = pipeline.generate([request])
+    (made,) = pipeline.computing().generate([request])
     if made.shape != stored.shape:
         raise BundleError(
             f"{golden.image} has the shape {stored.shape}, its request makes {made.shape}; export "

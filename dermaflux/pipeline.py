@@ -14,6 +14,7 @@ The command is `python -m dermaflux generate`.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -226,6 +227,14 @@ class Pipeline:
     def forecasts(self) -> bool:
         """Whether steps are forecast: pictures are near those of the full run, and not equal."""
         return self.tier is not None and self.tier.forecast
+
+    def computing(self) -> Pipeline:
+        """The same engines, and every step computed: this pipeline, unless it forecasts."""
+        if not self.forecasts:
+            return self
+        exact = copy.copy(self)
+        exact.tier = None
+        return exact
 
     def token_count(self, prompt: str) -> int:
         """Tokens of a prompt, end token included; above `model.text_length` the rest is cut."""

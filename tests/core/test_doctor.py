@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -28,10 +29,10 @@ def folder(tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "bundle")
 
 
-def with_golden(folder: Path) -> Bundle:
+def with_golden(folder: Path, steps: int = 2) -> Bundle:
     """A bundle whose golden image is one that it makes."""
     bundle = Bundle.open(folder)
-    request = {"prompt": "benign lesion", "seed": 3, "steps": 2}
+    request = {"prompt": "benign lesion", "seed": 3, "steps": steps}
     pipeline = Pipeline.open(bundle, engine=ENGINE, precision="fp32", threads=1)
     (pixels,) = pipeline.generate([pipeline.request(**request)])
     Image.fromarray(pixels).save(folder / "golden.png")
@@ -120,6 +121,22 @@ def test_the_golden_image_is_made_again(folder):
     odd = replace(bundle.golden, request={"prompt": "x", "sampler": "ddim"})
     with pytest.raises(BundleError, match="cannot be made again"):
         golden.check(replace(bundle, golden=odd), pipeline)
+
+
+def test_the_golden_image_is_about_engines_and_not_about_steps_that_are_forecast(
+    folder, monkeypatch
+):
+    monkeypatch.setattr("dermaflux.forecast.MOST_ERROR", 1e9)
+    bundle = with_golden(folder, steps=20)
+    pipeline = Pipeline.open(bundle, engine=ENGINE, precision="fp32", tier="cached", threads=1)
+    assert pipeline.forecasts
+    (near,) = pipeline.generate([pipeline.request(**bundle.golden.request)])
+    with Image.open(folder / "golden.png") as stored:
+        assert golden.psnr(near, np.asarray(stored)) < golden.EQUAL_DB, "forecast, and not the same"
+    found = golden.check(bundle, pipeline)
+    assert found is not None
+    assert found.psnr_db == golden.EQUAL_DB
+    assert pipeline.forecasts, "the next image is drawn in its tier"
 
 
 def test_only_what_runs_is_hashed(folder):

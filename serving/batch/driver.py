@@ -54,14 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _leave_signals_alone()
     signal.signal(_CLOSED, signal.default_int_handler)
     ends = Connection(number)
+    status = 1
     try:
         with suppress(KeyboardInterrupt, EOFError):
             _serve(ends)
         signal.signal(_CLOSED, signal.SIG_IGN)
         _leave()
+        status = 0
     finally:
+        if status:
+            traceback.print_exc()
+            sys.stderr.flush()
         # Not by Python's own end, over which Ray's threads may stumble: all is said.
-        os._exit(0)
+        os._exit(status)
 
 
 def _serve(ends: Connection) -> None:
@@ -114,7 +119,7 @@ def _listen(ends: Connection, asked: SimpleQueue[Asked]) -> None:
     """Put what is asked into the queue, and interrupt the main thread when the other end is closed:
     all is done, or no more is wanted, or who began this was killed."""
     tries: list[bytes] = []
-    with suppress(EOFError, OSError):
+    try:
         while True:
             words = ends.recv()
             if isinstance(words, Blocks):
@@ -122,6 +127,11 @@ def _listen(ends: Connection, asked: SimpleQueue[Asked]) -> None:
                 tries = []
             else:
                 tries += words
+    except (EOFError, OSError):
+        pass
+    except Exception:
+        # What cannot be unpickled, say. Else nobody would hear of it, and both ends wait for ever.
+        traceback.print_exc()
     signal.pthread_kill(threading.main_thread().ident or 0, _CLOSED)
     time.sleep(_LEAVING)
     # The cluster that began here is killed by the system, whose child it is; one that was joined

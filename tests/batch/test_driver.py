@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,30 @@ def test_one_that_dies_of_the_signal_to_stop_is_not_begun_again(
     with pytest.raises(Cancelled):
         work(settings, stopped=True)
     assert begun.read_text().splitlines() == ["begun"]
+
+
+_REAL = """
+import sys
+from serving.batch import driver
+driver._joined = lambda settings: False
+driver.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("after", ["nothing", "joining"])
+def test_what_cannot_be_read_is_told_and_ends_it(settings: Settings, after: str) -> None:
+    """Once it waited for ever, or ended as if all were well."""
+    ours, theirs = Pipe()
+    with ours, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _REAL, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        theirs.close()
+        if after == "joining":
+            ours.send(settings)
+            assert ours.recv() is None
+        ours.send_bytes(b"no pickle")
+        _, said = process.communicate(timeout=60)
+    assert "UnpicklingError" in said
+    assert process.returncode == (1 if after == "nothing" else 0)

@@ -192,7 +192,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def turned(x: Tensor, turn: Tensor) -> Tensor:
     """Neighbouring channels of x [B, S, heads, width] turned by their angle: rotary positions.
 
-    As complex numbers where nothing is compiled, a third of the time on a CPU; compilers take the
+    As complex numbers where nothing is compiled: fewer passes over memory. Compilers take the
     numbers apart, for Inductor makes no code for complex ones.
     """
     pairs, turn = x.float().unflatten(-1, (-1, 2)), turn[:, None]

@@ -27,13 +27,16 @@ from dermaflux.errors import DermaFluxError
 
 KINDS: Final = ("suite", "growth", "latency", "quality", "cold_start", "http_classify", "gpu")
 """Benchmarks that are reported, in the order of the report."""
+_DAMAGED: Final = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What a table or a plot of a result ends with that lacks something, or has it of another kind."""
 _HEAD: Final = """# Speed
 
 Made by `python -m benchmarks.report` from `{folder}`; do not edit it, measure again. Ratios are
-medians of ratios within a round, in which all sides took turns, with their 95 % interval. The floor
-is the work's operations over the best rate of a large product of matrices on that machine in the
-row's precision, or its bytes over the bandwidth of memory; a share of it over 100 % means that less
-work was done. Lossy rows give up exactness for speed and are labelled in what they make.
+medians of ratios within a round, in which all sides took turns, with their 95 % interval (of fewer
+than six rounds it is their range). The floor is the work's operations over the best rate of a large
+product of matrices on that machine in the row's precision, or its bytes over the bandwidth of
+memory; a share of it over 100 % means that less work was done. Lossy rows give up exactness for
+speed and are labelled in what they make.
 """
 
 
@@ -72,27 +75,39 @@ def run(settings: Settings) -> None:
         DermaFluxError: there is no result that can be reported.
     """
     results, left_out = read(settings.results)
+    parts: list[str] = []
+    plots: dict[Path, bytes] = {}
+    whole: list[Result] = []
+    for one in results:
+        try:
+            drawn = {} if settings.no_plots else plotted(one, settings.out)
+            parts.append(part(one, {path.name: words for path, (words, _) in drawn.items()}))
+        except _DAMAGED as error:
+            why = f"{type(error).__name__} {error}"
+            left_out[one.file.name] = f"it is not what benchmarks.{one.kind} writes: {why}"
+            continue
+        whole.append(one)
+        plots |= {path: data for path, (_, data) in drawn.items()}
     for name, why in left_out.items():
         print(f"left out {name}: {why}", file=sys.stderr)
-    if not results:
+    if not whole:
         raise DermaFluxError(
             f"{settings.results} has no result that can be reported; measure one first: "
             "python -m benchmarks.suite --quick --out benchmarks/results/suite.json"
         )
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    plots: dict[str, list[tuple[str, Path]]] = {}
-    if not settings.no_plots:
-        plots = plotted(results, settings.out)
-    text = written(results, plots, settings.results)
+    for path, data in plots.items():
+        files.write(path, data)
+    text = "\n\n".join([_HEAD.format(folder=settings.results), *parts]).rstrip() + "\n"
     files.write(settings.out, text.encode())
     print(
         json.dumps(
             {
                 "benchmark": "report",
                 "out": str(settings.out),
-                "read": [str(one.file) for one in results],
+                "read": [str(one.file) for one in whole],
                 "left_out": left_out,
-                "plots": [str(path) for each in plots.values() for _, path in each],
+                "plots": [str(path) for path in plots],
             }
         )
     )
@@ -111,7 +126,7 @@ def read(place: Path) -> tuple[list[Result], dict[str, str]]:
     for file in sorted(place.glob("*.json")) if place.is_dir() else [place]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             left_out[file.name] = f"it is no JSON: {error}"
             continue
         kind = content.get("benchmark") if isinstance(content, dict) else None
@@ -122,8 +137,8 @@ def read(place: Path) -> tuple[list[Result], dict[str, str]]:
     return sorted(found, key=lambda one: KINDS.index(one.kind)), left_out
 
 
-def plotted(results: Sequence[Result], out: Path) -> dict[str, list[tuple[str, Path]]]:
-    """Plots of all results, by the name of their file: what each shows, and where it is.
+def plotted(one: Result, out: Path) -> dict[Path, tuple[str, bytes]]:
+    """Its plots, by where they are to be: what each shows, and the PNG.
 
     Raises:
         DermaFluxError: matplotlib is not installed.
@@ -134,30 +149,24 @@ def plotted(results: Sequence[Result], out: Path) -> dict[str, list[tuple[str, P
         raise DermaFluxError(
             f"plots need matplotlib ({error}); pip install 'dermaflux[benchmarks]', or --no-plots"
         ) from error
-    found: dict[str, list[tuple[str, Path]]] = {}
-    for one in results:
-        for name, words, data in report_plots.plots(one.kind, one.content):
-            path = out.with_name(f"{out.stem}_{one.file.stem}_{name}.png")
-            files.write(path, data)
-            found.setdefault(one.file.name, []).append((words, path))
-    return found
+    return {
+        out.with_name(f"{out.stem}_{one.file.stem}_{name}.png"): (words, data)
+        for name, words, data in report_plots.plots(one.kind, one.content)
+    }
 
 
-def written(
-    results: Sequence[Result], plots: Mapping[str, Sequence[tuple[str, Path]]], folder: Path
-) -> str:
-    """The whole report in Markdown."""
-    pieces = [_HEAD.format(folder=folder)]
-    for one in results:
-        body = report_tables.tables(one.kind, one.content)
-        pictures = "\n\n".join(f"![{words}]({path.name})" for words, path in
-                               plots.get(one.file.name, ()))  # fmt: skip
-        machine = machine_line(one.content)
-        title = report_tables.TITLES[one.kind]
-        part = "**This run was stopped: it is not whole.**" if one.content.get("unfinished") else ""
-        parts = (f"## {title} (`{one.file.name}`)", machine, part, pictures, body)
-        pieces.append("\n\n".join(part for part in parts if part))
-    return "\n\n".join(pieces).rstrip() + "\n"
+def part(one: Result, plots: Mapping[str, str]) -> str:
+    """Its part of the report in Markdown; `plots` are names of files, and what they show."""
+    title = report_tables.TITLES[one.kind]
+    stopped = one.content.get("unfinished") or one.content.get("stopped")
+    pieces = (
+        f"## {title} (`{one.file.name}`)",
+        machine_line(one.content),
+        "**This run was stopped: it is not whole.**" if stopped else "",
+        "\n\n".join(f"![{words}]({name})" for name, words in plots.items()),
+        report_tables.tables(one.kind, one.content),
+    )
+    return "\n\n".join(piece for piece in pieces if piece)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def machine_line(result: Mapping[str, Any]) -> str:
 
 
 def goals(found: Iterable[Mapping[str, Any]]) -> str:
-    """Needed, reached, met; what was missed in bold."""
+    """Needed, reached and by what, met; what was missed in bold."""
     rows = []
     for one in found:
         bounds = ("needed", "at_least", "at_most", "goal_s")
@@ -46,8 +46,11 @@ def goals(found: Iterable[Mapping[str, Any]]) -> str:
         met = {True: "met", False: "**missed**", None: "not measured"}[one.get("met")]
         missing = "" if one.get("met") is None else "no such row"
         shown = missing if value is None else number(value)
-        rows.append([str(one.get("goal", one.get("row"))), number(needed), shown, met])
-    return markdown(("goal", "needed", "reached", ""), rows) if rows else ""
+        if one.get("between"):
+            shown += f" ({one['between'][0]:.2f} to {one['between'][1]:.2f})"
+        by = one.get("row") if "goal" in one else None
+        rows.append([str(one.get("goal", one.get("row"))), number(needed), shown, met, by or ""])
+    return markdown(("goal", "needed", "reached", "", "by"), rows) if rows else ""
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

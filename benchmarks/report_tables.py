@@ -48,19 +48,22 @@ def latency(result: Result) -> str:
     """A row a variant, the stages that it tells."""
     stages = ("encode", "denoise", "decode", "png", "total")
     rows = []
+    own = all("denoise" in one.get("floors", ()) for one in result["variants"].values())
+    whose = "its" if own else "the fp32"
     for name, one in result["variants"].items():
         between = one.get("times_eager_95")
         times = number(one.get("times_eager")) + (
             f" ({between[0]:.2f} to {between[1]:.2f})" if between else ""
         )
-        reached = one.get("floor_reached")
+        floor = one["floors"]["denoise"] if own else {}
+        reached = floor.get("reached_as_quantized", one.get("floor_reached"))
         rows.append(
             [name, *(number(one.get(f"{stage}_ms")) for stage in stages),
              number(one.get("total_p90_ms")), times,
              "" if reached is None else f"{100 * reached:.0f} %", number(one.get("peak_mb"))]
         )  # fmt: skip
     head = ("", *(f"{stage}, ms" for stage in stages), "p90", "times eager (95 %)",
-            "of the fp32 floor, denoising", "largest memory, MB")  # fmt: skip
+            f"of {whose} floor, denoising", "largest memory, MB")  # fmt: skip
     return f"{result.get('size', ['?'])[0]} px, {result.get('steps')} steps.\n\n" + markdown(
         head, rows
     )

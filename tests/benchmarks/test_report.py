@@ -35,7 +35,8 @@ def suite_result(**more: Any) -> dict[str, Any]:
     return {
         "benchmark": "suite", "command": "python -m benchmarks.suite", "environment": MACHINE,
         "threads": 2, "task": {"size": [128, 128], "steps": 20, "max_sequence_length": 64},
-        "goals": [{"goal": "fast", "needed": 3.0, "value": 2.5, "met": False},
+        "goals": [{"goal": "fast", "needed": 3.0, "value": 2.5, "met": False, "row": "second",
+                   "between": [2.4, 2.6]},
                   {"goal": "faster", "needed": 6.0, "value": None, "met": False}],
         "sections": {
             "generation": {"rows": rows, "left_out": {"bf16": "emulated"}},
@@ -124,8 +125,8 @@ def test_every_kind_becomes_tables_and_small_plots(results: Path, tmp_path: Path
         assert Image.open(io.BytesIO(data)).format == "PNG"
         assert len(data) < 150_000
     assert text.count("Tin, 2 cores") == 6, "a machine's line above each"
-    assert "| fast | 3 | 2.5 | **missed** |" in text
-    assert "| faster | 6 | no such row | **missed** |" in text
+    assert "| fast | 3 | 2.5 (2.40 to 2.60) | **missed** | second |" in text
+    assert "| faster | 6 | no such row | **missed** |  |" in text
     assert "third** (lossy)" in text
     assert "10 steps and 0 texts computed a picture" in text
     assert "of \\| kinds" in text, "a bar in a cell would break the table"
@@ -156,6 +157,9 @@ def test_a_run_that_was_stopped_says_so(results: Path, tmp_path: Path) -> None:
     out = tmp_path / "speed.md"
     assert report.main([str(results), "--out", str(out), "--no-plots"]) == 0
     assert "This run was stopped" in out.read_text()
+    put(results, "b", {**GPU, "stopped": True})
+    assert report.main([str(results), "--out", str(out), "--no-plots"]) == 0
+    assert out.read_text().count("This run was stopped") == 2
 
 
 def test_damaged_and_foreign_files_are_left_out_by_name(
@@ -165,10 +169,20 @@ def test_damaged_and_foreign_files_are_left_out_by_name(
     put(results, "soak", {"benchmark": "soak"})
     put(results, "list", [1])
     (results / "half.json").write_text('{"benchmark": ')
+    (results / "folder.json").mkdir()
+    damaged = {"suite": {"sections": {"generation": {"rows": [{}]}}}, "cold_start": {},
+               "gpu": {"rows": []}, "latency": {"variants": [1]}, "growth": {"axes": {}},
+               "quality": {"variants": None}, "http_classify": {"sides": {"a": 1}}}  # fmt: skip
+    for kind, content in damaged.items():
+        put(results, kind, {"benchmark": kind, **content})
     out = tmp_path / "speed.md"
-    assert report.main([str(results), "--out", str(out), "--no-plots"]) == 0
+    assert report.main([str(results), "--out", str(out)]) == 0
     captured = capsys.readouterr()
-    assert set(json.loads(captured.out)["left_out"]) == {"soak.json", "list.json", "half.json"}
+    told = json.loads(captured.out)
+    names = {*damaged, "soak", "list", "half", "folder"}
+    assert set(told["left_out"]) == {f"{name}.json" for name in names}
+    assert [Path(one).name for one in told["read"]] == ["good.json"]
+    assert "benchmarks.cold_start" in told["left_out"]["cold_start.json"]
     assert "half.json" in captured.err
 
 
@@ -189,4 +203,9 @@ def test_results_of_before_are_still_read() -> None:
         "variants": {"eager": {"total_ms": 498.5, "times_eager": 1.0, "floor_reached": 0.3}},
     }  # fmt: skip
     assert "| eager |" in report_tables.tables("latency", old)
+    assert "of the fp32 floor" in report_tables.tables("latency", old)
+    floors = {"denoise": {"reached": 0.2, "reached_as_quantized": 0.4}}
+    new = {**old, "variants": {"int8": {"total_ms": 100.0, "floor_reached": 1.3, "floors": floors}}}
+    assert "of its floor" in report_tables.tables("latency", new)
+    assert "| 40 % |" in report_tables.tables("latency", new), "not more than can be"
     assert machine_line(old) == "Tin, 2 cores."

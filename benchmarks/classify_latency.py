@@ -31,7 +31,7 @@ from benchmarks import asks, flops, peak
 from benchmarks.floors import Limits, work_of
 from benchmarks.machine import environment
 from benchmarks.measuring import alternate, ratio, spread
-from benchmarks.results_file import finish
+from benchmarks.results_file import finish, require_place
 from benchmarks.variants import classifiers
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
@@ -153,6 +153,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
         DermaFluxError: an option is out of range, or bundle, engine or photographs cannot be had.
     """
     at_least(settings, {"rounds": 1, "threads": 1})
+    require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     sizes = settings.sizes(bundle.limits.max_batch)
     files = _files(settings.photographs)

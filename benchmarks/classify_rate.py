@@ -9,7 +9,6 @@ Progress goes to stderr; the last line of stdout is one JSON object.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -22,6 +21,8 @@ from PIL import Image
 
 from benchmarks import asks, processes
 from benchmarks.asks import photograph
+from benchmarks.machine import environment
+from benchmarks.results_file import finish
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
 from dermaflux.command import at_least, ended, option, parsed
@@ -72,14 +73,13 @@ def rate(work: Callable[[int], None], batch: int, warm_up: float, seconds: float
     return batch * (number - first) / (time.monotonic() - begin)
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, bundle: Bundle) -> dict[str, Any]:
     """Both rates, processor seconds, and what each photograph gives.
 
     Raises:
-        BundleError: the bundle cannot be opened, or has no classifier.
+        BundleError: the bundle has no classifier.
         EngineError: an engine cannot be had.
     """
-    bundle = Bundle.open(settings.bundle)
     classifier = Classifier.open(
         bundle, settings.engine, settings.precision, threads=settings.threads
     )
@@ -127,17 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     assert __doc__ is not None
     words = "python -m benchmarks.classify_rate"
     settings = parsed(Settings, words, __doc__.split("\n\n")[0], arguments)
-    return ended(lambda: run(settings))
+    return ended(lambda: run(settings, sys.argv[1:] if arguments is None else arguments))
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, words: Sequence[str]) -> None:
     """Measure, and print the result as one line of JSON.
 
     Raises:
         DermaFluxError: a setting is out of range, or the bundle cannot be used.
     """
     at_least(settings, {"seconds": 0.1, "warm_up": 0, "batch": 1, "threads": 1})
-    print(json.dumps(measure(settings)))
+    bundle = Bundle.open(settings.bundle)
+    result = {"environment": environment(), **measure(settings, bundle)}
+    finish("classify_rate", result, words, None, bundle)
 
 
 if __name__ == "__main__":

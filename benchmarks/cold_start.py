@@ -39,7 +39,7 @@ from benchmarks.captions import captions
 from benchmarks.http_sides import HOST, PORT, Side, started
 from benchmarks.machine import environment
 from benchmarks.measuring import turn
-from benchmarks.results_file import finish
+from benchmarks.results_file import finish, require_place
 from dermaflux.bundle import Bundle
 from dermaflux.command import at_least, ended, option, parsed
 from dermaflux.engines import choose
@@ -253,6 +253,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         DermaFluxError: an option is out of range, the bundle cannot be run, or a start failed.
     """
     at_least(settings, {"starts": 1, "steps": 1, "fail_over": 0})
+    require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     chosen = None if settings.tier is None else tier(settings.tier)
     choice = choose(bundle, "transformer", settings.engine, settings.precision, tier=chosen)

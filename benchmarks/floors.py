@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from benchmarks import flops
 from benchmarks.flops import Work
-from benchmarks.machine import PRECISIONS, Floor, Rate, bandwidth, fastest, last_level_cache
+from benchmarks.machine import last_level_cache
+from benchmarks.rates import PRECISIONS, Floor, Rate, bandwidth, fastest
 from dermaflux.bundle import Bundle
 from dermaflux.engines import Engine
 from dermaflux.errors import EngineError
@@ -65,8 +66,9 @@ class Limits:
         return {name: rate for name, rate in known.items() if rate is not None}
 
     def least(self, work: Work, weights: int, precision: str) -> Least:
-        """Of a call that reads `weights` bytes. Precisions without a rate compute in fp32."""
-        rates = self.rates
+        """Of a call that reads `weights` bytes. Precisions without a rate compute in fp32; what
+        comes after a hyphen (`int8-pruned`) says what is computed, and not in what."""
+        rates, precision = self.rates, precision.partition("-")[0]
         rate = rates.get(precision, rates["fp32"])
         between = max(rates["fp32"], rates.get("bf16", 0.0)) if precision == "int8" else rate
         # What the cache holds is not read again from one call to the next.

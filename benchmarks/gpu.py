@@ -16,7 +16,6 @@ compiled, and the result says that it is no GPU figure.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -33,8 +32,7 @@ from benchmarks.gpu_bench import Bench, Row
 from benchmarks.gpu_rows import ROWS
 from benchmarks.gpu_shapes import FULL, REDUCED
 from benchmarks.gpu_sides import Sides
-from benchmarks.results_file import finish
-from dermaflux import files
+from benchmarks.results_file import finish, keep, require_place
 from dermaflux.command import STOPPED, at_least, ended, option, parsed
 from dermaflux.errors import DermaFluxError
 
@@ -68,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(settings: Settings, words: Sequence[str]) -> int:
     """Measure what fits, and print the result as one line of JSON; 130 where it was stopped."""
     at_least(settings, {"seconds": 1})
+    require_place(settings.out)
     device = _device(settings.device)
     cuda = device.type == "cuda"
     # Floors need rates, whatever else is asked for.
@@ -93,7 +92,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     try:
         for row in chosen:
             _measure(row, bench, result, settings.seconds)
-            _write(result, settings.out)
+            keep("gpu", result, settings.out)
     except KeyboardInterrupt:
         result["stopped"] = True
     finally:
@@ -146,12 +145,6 @@ def _measure(row: Row, bench: Bench, result: dict[str, Any], seconds: float) -> 
     spent = time.monotonic() - began
     result["rows"][row.name]["row_took_s"] = spent
     print(f"{row.name}: {spent:.1f} s", file=sys.stderr)
-
-
-def _write(result: dict[str, Any], out: Path | None) -> None:
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files.write(out, (json.dumps({**result, "unfinished": True}, indent=2) + "\n").encode())
 
 
 def _asked(row: Row, names: tuple[str, ...]) -> bool:

@@ -164,13 +164,13 @@ def sorted_out(rows: list[tuple[str, int, float]]) -> dict[str, Any]:
     }
 
 
-def differences(found: NDArray[Any], expected: NDArray[Any]) -> dict[str, float]:
-    """Relative error (norms), and PSNR in dB over the range of what was expected."""
+def differences(found: NDArray[Any], expected: NDArray[Any]) -> dict[str, float | None]:
+    """Relative error (norms), and PSNR in dB over the range of what was expected; None if equal."""
     wide = expected.astype(np.float64)
     off = found.astype(np.float64) - wide
     error = float(np.sqrt((off**2).mean()))
     spread = float(wide.max() - wide.min())
     return {
         "relative_error": error / float(np.sqrt((wide**2).mean())),
-        "psnr_db": 20 * float(np.log10(spread / error)) if error else float("inf"),
+        "psnr_db": 20 * float(np.log10(spread / error)) if error else None,
     }

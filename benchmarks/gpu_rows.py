@@ -18,10 +18,11 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.counting import Counted
 from benchmarks.gpu_bench import Bench, Row, drawn
 from benchmarks.gpu_parts import classifier, decoder, text_encoders
 from benchmarks.gpu_proof import attentions, differences, profiled, rates
-from benchmarks.gpu_sides import CACHED, FP8, LOSSLESS, Counted
+from benchmarks.gpu_sides import CACHED, FP8, LOSSLESS
 from benchmarks.measuring import alternate, ratio
 from dermaflux.engines.flux_engine import FluxEngine
 from dermaflux.engines.flux_graph import Blocks

@@ -21,7 +21,7 @@ import torch
 from benchmarks.gpu_shapes import GUIDANCE, SEED, Image, Shape
 from dermaflux import flow
 from dermaflux.denoise import Text, denoise
-from dermaflux.engines import Array, Arrays, Engine
+from dermaflux.engines import Engine
 from dermaflux.engines.flux import Flux
 from dermaflux.engines.flux_engine import FluxEngine
 from dermaflux.engines.flux_fp8 import LOW
@@ -32,28 +32,6 @@ from dermaflux.flow import Floats
 LOSSLESS: Final = "lossless"
 FP8: Final = "fp8"
 CACHED: Final = "cached"
-
-
-class Counted:
-    """An engine that counts its calls: steps that were computed."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.calls = 0
-        self.name, self.precision = engine.name, engine.precision
-        self.run = engine.run
-        self._engine = engine
-
-    def bind(
-        self, constant: Arrays, timesteps: Array | None = None
-    ) -> Callable[[Arrays], dict[str, Array]]:
-        """See `Engine.bind`."""
-        step = self._engine.bind(constant, timesteps)
-
-        def counted(varying: Arrays) -> dict[str, Array]:
-            self.calls += 1
-            return step(varying)
-
-        return counted
 
 
 class Sides:

@@ -27,11 +27,10 @@ from benchmarks.floors import Limits
 from benchmarks.ladder import Effort, climb
 from benchmarks.ladder_generation import alike, floor_of, our_rung, rival
 from benchmarks.machine import environment
-from benchmarks.results_file import finish
+from benchmarks.results_file import finish, keep, require_place
 from benchmarks.rivals import flux_torch
 from benchmarks.rivals.flux_torch import Rival
 from benchmarks.rivals.task import Task
-from benchmarks.suite import keep
 from benchmarks.variants import same_model
 from dermaflux.bundle import Bundle
 from dermaflux.command import at_least, ended, option, parsed
@@ -86,6 +85,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
     unknown = [name for name in settings.axes if name not in AXES]
     if unknown or not settings.axes:
         raise DermaFluxError(f"--axes {','.join(unknown)} is not known; use {', '.join(AXES)}")
+    require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     same_model(bundle, settings.checkpoint)
     before = environment()
@@ -121,8 +121,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
                 points[-1] |= {"floor_ms": None, "floor_fp32_ms": None}
             print(f"{axis} {place.x}: {points[-1]}", file=sys.stderr)
         result["axes"][axis] = axis_of(points)
-        if settings.out is not None:
-            keep("growth", result, settings.out)
+        keep("growth", result, settings.out)
     finish("growth", result, words, settings.out, bundle)
 
 

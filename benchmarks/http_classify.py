@@ -104,6 +104,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
     """
     at_least(settings, _LEAST)
     counts = levels(settings.callers)
+    results_file.require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     if bundle.classifier is None:
         raise BundleError(

@@ -5,17 +5,17 @@
 
 A precision that is asked for and quietly not used gives the same time and the same picture as the
 one before; only the executed graph shows it. So operations are counted in the graph that the engine
-made, not in the file. `Counted` counts calls, which is what shows that a step was forecast or a
-text was not encoded again.
+made, not in the file; and calls are counted (`benchmarks.counting`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, Protocol, runtime_checkable
 
-from dermaflux.engines import Array, Arrays, Engine
+from benchmarks.counting import Counted
+from dermaflux.engines import Engine
 from dermaflux.pipeline import Pipeline
 from dermaflux.residency import InTurns
 
@@ -29,43 +29,6 @@ class Proven(Protocol):
     """An engine that counts itself: bytes of weights, compilations, graphs."""
 
     def counts(self) -> dict[str, int]: ...
-
-
-class Counted:
-    """An engine that counts how often it is run, and for how many items in all."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.calls = self.items = 0
-
-    @property
-    def name(self) -> str:
-        return self.engine.name
-
-    @property
-    def precision(self) -> str:
-        return self.engine.precision
-
-    def run(self, inputs: Arrays) -> dict[str, Array]:
-        """The engine's own answer."""
-        self._count(inputs)
-        return self.engine.run(inputs)
-
-    def bind(
-        self, constant: Arrays, timesteps: Array | None = None
-    ) -> Callable[[Arrays], dict[str, Array]]:
-        """The engine's own step."""
-        step = self.engine.bind(constant, timesteps)
-
-        def counted(varying: Arrays) -> dict[str, Array]:
-            self._count(varying)
-            return step(varying)
-
-        return counted
-
-    def _count(self, inputs: Arrays) -> None:
-        self.calls += 1
-        self.items += len(next(iter(inputs.values())))
 
 
 def counted(pipeline: Pipeline) -> dict[str, Counted]:

@@ -36,9 +36,10 @@ from benchmarks import peak
 from benchmarks.captions import captions
 from benchmarks.floors import Least, Limits, floors_of, work_of
 from benchmarks.flops import transformer_flops
-from benchmarks.machine import environment, matmul_rate
+from benchmarks.machine import environment
 from benchmarks.measuring import alternate, ratio, spread
-from benchmarks.results_file import finish
+from benchmarks.rates import matmul_rate
+from benchmarks.results_file import finish, require_place
 from benchmarks.stages import STAGES, Spent, counted, draw
 from benchmarks.variants import Variant, listed, variants
 from dermaflux.bundle import GENERATOR_PARTS, Bundle
@@ -209,6 +210,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
         DermaFluxError: an option is out of range, or the bundle, an engine or a tier cannot be had.
     """
     at_least(settings, dict.fromkeys(("rounds", "batch", "threads", "steps", "size"), 1))
+    require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     asked = Asked.of(bundle, settings)
     before = environment()

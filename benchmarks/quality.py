@@ -36,7 +36,7 @@ from benchmarks.machine import environment
 from benchmarks.measuring import ratio
 from benchmarks.quality_classifier import Photograph
 from benchmarks.quality_sides import Asked, Side, controls, fewer_steps, measure
-from benchmarks.results_file import finish
+from benchmarks.results_file import finish, require_place
 from benchmarks.similarity import pictures
 from benchmarks.stages import counted
 from benchmarks.variants import Variant, classifiers, listed
@@ -170,6 +170,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     """
     bounds = dict.fromkeys(("prompts", "steps", "size", "threads", "most"), 1)
     at_least(settings, {**bounds, "seed": 0, "fail_under": 0})
+    require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     rules = (bundle.defaults, bundle.limits, bundle.model)
     size, prompts = settings.size, captions(settings.prompts, settings.seed)

@@ -6,8 +6,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,37 @@ from typing import Any
 from benchmarks import machine
 from dermaflux import files
 from dermaflux.bundle import Bundle
+
+
+def require_place(out: Path | None) -> None:
+    """Nothing where `out` can be written: asked before minutes of measuring.
+
+    Raises:
+        OSError: it cannot.
+    """
+    if out is None:
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, where a file is to be written", str(out))
+    with tempfile.TemporaryFile(dir=out.parent):
+        pass
+
+
+def told(value: Any) -> Any:
+    """The same without numbers that JSON has no word for: None in the place of NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {key: told(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [told(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def keep(name: str, result: Mapping[str, Any], out: Path | None) -> None:
+    """What is there so far, `unfinished` until the run ends."""
+    if out is not None:
+        whole = told({"benchmark": name, "unfinished": True, **result})
+        files.write(out, (json.dumps(whole, indent=2) + "\n").encode())
 
 
 def finish(
@@ -42,6 +76,7 @@ def finish(
     if bundle is not None:
         whole["bundle"] = {"name": bundle.name, "id": bundle.id}
     whole |= {key: value for key, value in result.items() if key not in whole}
+    whole = told(whole)
     print(json.dumps(whole), flush=True)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,15 +12,15 @@ the transformer was called: fewer times than there are steps, where steps are fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
+from benchmarks.counting import Counted
 from dermaflux.decode import Pixels
 from dermaflux.denoise import Text
-from dermaflux.engines import Array, Arrays, Engine
 from dermaflux.images import encode_png
 from dermaflux.pipeline import Pipeline, Request
 
@@ -42,38 +42,12 @@ class Spent:
         return sum(self.seconds.values())
 
 
-class Counting:
-    """An engine that counts its calls, and is another's in all else."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.name, self.precision = engine.name, engine.precision
-        self.calls = 0
-
-    def run(self, inputs: Arrays) -> dict[str, Array]:
-        """See `Engine.run`."""
-        self.calls += 1
-        return self._engine.run(inputs)
-
-    def bind(
-        self, constant: Arrays, timesteps: Array | None = None
-    ) -> Callable[[Arrays], dict[str, Array]]:
-        """See `Engine.bind`: each call of what comes back counts."""
-        bound = self._engine.bind(constant, timesteps)
-
-        def step(varying: Arrays) -> dict[str, Array]:
-            self.calls += 1
-            return bound(varying)
-
-        return step
-
-
 def counted(pipeline: Pipeline) -> Pipeline:
     """The same pipeline, whose transformer counts its calls from now on; engines that take turns in
     memory are left alone."""
     if isinstance(pipeline.engines, dict):
-        counting = Counting(pipeline.engines["transformer"])
-        pipeline.engines = {**pipeline.engines, "transformer": counting}
+        engine = Counted(pipeline.engines["transformer"])
+        pipeline.engines = {**pipeline.engines, "transformer": engine}
     return pipeline
 
 
@@ -119,4 +93,4 @@ def _calls(pipeline: Pipeline) -> int | None:
     if not isinstance(pipeline.engines, dict):
         return None
     engine = pipeline.engines["transformer"]
-    return engine.calls if isinstance(engine, Counting) else None
+    return engine.calls if isinstance(engine, Counted) else None

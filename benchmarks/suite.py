@@ -33,11 +33,10 @@ from benchmarks.floors import Limits
 from benchmarks.ladder import Alike, Effort, Ladder, climb, table
 from benchmarks.ladder_batches import SIZES, batches
 from benchmarks.machine import environment, load
-from benchmarks.results_file import finish
+from benchmarks.results_file import finish, keep, require_place
 from benchmarks.rivals.task import Task
 from benchmarks.suite_goals import goals_of
 from benchmarks.variants import same_model
-from dermaflux import files
 from dermaflux.bundle import Bundle
 from dermaflux.command import at_least, ended, option, parsed
 from dermaflux.engines import usable_cores
@@ -95,6 +94,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         raise DermaFluxError(
             f"--sections {','.join(unknown)} is not known; use {', '.join(SECTIONS)}"
         )
+    require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     same_model(bundle, settings.checkpoint)
     task = Task.of(bundle, settings.steps)
@@ -125,6 +125,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         print(f"section {name}", file=sys.stderr)
         started = time.perf_counter()
         with section.opened as ladder:
+            ladder.try_out()
             rounds = min(settings.rounds, 8) if settings.quick else settings.rounds
             rows = climb(ladder.rungs, Effort(rounds, section.seconds), ladder.floor, section.alike)
         print(table(rows), file=sys.stderr)
@@ -139,8 +140,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
         }
         result["goals"] = goals_of(result["sections"])
         result["took_s"] = round(time.perf_counter() - began, 1)
-        if settings.out is not None:
-            keep("suite", result, settings.out)
+        keep("suite", result, settings.out)
     for goal in result["goals"]:
         print(
             f"{goal['goal']}: {goal['value']} {'met' if goal['met'] else 'MISSED'}", file=sys.stderr
@@ -183,7 +183,8 @@ def plan(
         found[name] = Section(
             judging.judged(one, weights, limits, choice), judging.same_answers,
             (30 if quick else 240) if big else (10 if quick else 60),
-            {"bundle": one.name, "architecture": architecture(weights), "batch": batch},
+            {"bundle": one.name, "bundle_id": one.id, "architecture": architecture(weights),
+             "batch": batch},
         )  # fmt: skip
     if "batches" in settings.sections:
         sizes = (1, 4) if quick else SIZES
@@ -206,13 +207,6 @@ def architecture(checkpoint: Path) -> str:
             f"{file} names no architecture ({error}); name the checkpoint that the classifier's "
             "bundle was exported from with --classifier-checkpoint"
         ) from error
-
-
-def keep(name: str, result: Mapping[str, Any], out: Path) -> None:
-    """What is there so far, `unfinished` until the run ends."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"benchmark": name, "unfinished": True, **result}
-    files.write(out, (json.dumps(whole, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

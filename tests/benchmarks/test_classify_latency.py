@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks import classify_latency, machine
+from benchmarks import classify_latency, rates
 from benchmarks.classify_latency import STAGES, Settings
 from benchmarks.variants import classifiers
 from dermaflux.bundle import Bundle
@@ -15,10 +15,10 @@ from dermaflux.errors import DermaFluxError
 
 @pytest.fixture(autouse=True)
 def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_SIDES", (64,))
-    monkeypatch.setattr(machine, "_LEAST", 2**22)
-    monkeypatch.setattr(machine, "_LONG", 0.0)
-    monkeypatch.setattr(machine, "last_level_cache", lambda: 2**20)
+    monkeypatch.setattr(rates, "_SIDES", (64,))
+    monkeypatch.setattr(rates, "_LEAST", 2**22)
+    monkeypatch.setattr(rates, "_LONG", 0.0)
+    monkeypatch.setattr(rates, "last_level_cache", lambda: 2**20)
 
 
 def test_every_variant_is_measured_by_stage_and_size_of_batch(

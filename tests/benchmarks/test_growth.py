@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import growth
 from benchmarks.floors import Limits
-from benchmarks.machine import Rate
+from benchmarks.rates import Rate
 from benchmarks.rivals.task import Task
 from dermaflux.bundle import Bundle
 

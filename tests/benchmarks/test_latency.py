@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import latency, machine
+from benchmarks import latency, rates
 from benchmarks.floors import Least, Limits
 from benchmarks.flops import Work
-from benchmarks.machine import Rate
+from benchmarks.rates import Rate
 from benchmarks.stages import STAGES, Spent, counted, draw
 from benchmarks.variants import Variant
 from dermaflux.bundle import Bundle
@@ -18,11 +18,11 @@ from dermaflux.pipeline import Pipeline
 
 @pytest.fixture(autouse=True)
 def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates are looked at in test_machine; here they only have to be quick."""
-    monkeypatch.setattr(machine, "_SIDES", (64,))
-    monkeypatch.setattr(machine, "_LEAST", 2**22)
-    monkeypatch.setattr(machine, "_LONG", 0.0)
-    monkeypatch.setattr(machine, "last_level_cache", lambda: 2**20)
+    """Rates are looked at in test_rates; here they only have to be quick."""
+    monkeypatch.setattr(rates, "_SIDES", (64,))
+    monkeypatch.setattr(rates, "_LEAST", 2**22)
+    monkeypatch.setattr(rates, "_LONG", 0.0)
+    monkeypatch.setattr(rates, "last_level_cache", lambda: 2**20)
 
 
 def spent(seconds: float, steps: int = 3) -> Spent:
@@ -63,6 +63,7 @@ def test_a_floor_takes_the_rate_of_what_runs_and_reads_what_no_cache_holds() -> 
     assert limits.least(work, 50, "bf16") == Least(12, 12)  # computed in fp32 here
     assert limits.least(work, 50, "int8") == Least(3, 2 + 4)
     assert limits.least(work, 5000, "int8") == Least(50, 50)
+    assert limits.least(work, 50, "int8-pruned") == limits.least(work, 50, "int8")
 
 
 def test_the_command_measures_every_variant_by_stage(

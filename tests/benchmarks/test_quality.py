@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from benchmarks import quality, quality_classifier, quality_sides, similarity
-from benchmarks.stages import STAGES, Counting, Spent
+from benchmarks.counting import Counted
+from benchmarks.stages import STAGES, Spent
 from benchmarks.variants import Variant
 from dermaflux import dataset
 from dermaflux.bundle import Bundle
@@ -96,7 +97,7 @@ def test_a_forecasting_tier_is_also_held_against_its_own_engine(
 
     def side(engine: str, precision: str, seconds: float) -> quality_sides.Side:
         pipeline = copy.copy(fake_pipeline)
-        named = Counting(fake_pipeline.engines["transformer"])
+        named = Counted(fake_pipeline.engines["transformer"])
         named.name, named.precision = engine, precision
         pipeline.engines = {"transformer": named}
         spent = Spent(dict.fromkeys(STAGES, seconds), ())

@@ -15,12 +15,12 @@ from benchmarks.ladder import Effort, Ladder, Made, Rung, climb, table
 from benchmarks.ladder_classification import photographs, same_answers, work_of
 from benchmarks.ladder_evidence import counted, evidence_of
 from benchmarks.ladder_generation import alike
-from benchmarks.machine import Rate
+from benchmarks.rates import Rate
 from benchmarks.rivals import flux_optimum
 from benchmarks.suite_goals import goals_of
 from dermaflux.bundle import Bundle
 from dermaflux.engines import OPENVINO
-from dermaflux.errors import DermaFluxError
+from dermaflux.errors import DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
 
 GREY = np.full((1, 8, 8, 3), 100, np.uint8)
@@ -95,6 +95,19 @@ def test_two_rungs_of_one_name_are_refused() -> None:
         climb([rung("a", 1), rung("a", 1)], Effort(3, 1), no_floor, alike)
     with pytest.raises(DermaFluxError, match="different names"):
         climb([], Effort(3, 1), no_floor, alike)
+
+
+def test_who_fails_at_its_first_call_is_left_out_and_the_others_are_measured() -> None:
+    def fails(number: int) -> Made:
+        raise EngineError("out of memory")
+
+    ladder = Ladder(
+        [rung("base", 1), Rung("theirs", "", fails), rung("ours", 0.5, ours=True)], no_floor
+    )
+    ladder.try_out()
+    assert ladder.left_out == {"theirs": "it failed: out of memory"}
+    rows = climb(ladder.rungs, Effort(3, 60), ladder.floor, alike)
+    assert [row["name"] for row in rows] == ["base", "ours"]
 
 
 def test_evidence_is_read_from_the_engines(tiny_bundle: Bundle) -> None:

@@ -12,8 +12,9 @@ from PIL import Image
 
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
+from dermaflux.engines.merging import SHARE
 from dermaflux.errors import EngineError
-from export.__main__ import main
+from export.__main__ import Settings, main
 from export.pruned import merger_of
 from export.recipes import PRUNED
 
@@ -114,3 +115,7 @@ def test_a_bundle_without_it_says_what_is_missing(tiny_bundle):
 def test_contradictions_are_refused(tiny_checkpoint, tmp_path, capsys, more, told):
     assert main([str(tiny_checkpoint), "--out", str(tmp_path / "out"), *more]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_commands_default_is_the_measured_one():
+    assert Settings(Path()).merged == SHARE

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dermaflux.engines import OPENVINO, Choice, ov
 from dermaflux.engines.ov import OpenVinoEngine
-from dermaflux.engines.ov_graph import read, unsigned
+from dermaflux.engines.ov_graph import hoist, read, unsigned
 from dermaflux.flow import noise
 
 STEP = 0.03125
@@ -152,3 +152,38 @@ def test_a_classifier_is_in_bf16_where_that_is_near(
 def test_this_processor_is_asked(tiny_bundle):
     made = ov.load(tiny_bundle, Choice("classifier", OPENVINO, "int8", ""))
     assert (made.note != "") == ov.has_bf16()
+
+
+def test_what_is_turned_is_rounded_first(tmp_path):
+    """As TensorRT wants it, the rounding is after the turn; moved before it, all is the same."""
+    node, tensor = helper.make_node, helper.make_tensor_value_info
+    nodes = [
+        node("Relu", ["x"], ["h"]),
+        node("Transpose", ["h"], ["t"], perm=[0, 2, 1]),
+        node("Reshape", ["t", "flat"], ["r"]),
+        node("QuantizeLinear", ["r", "step", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "step", "zero"], ["d"]),
+        node("Sub", ["d", "step"], ["y"]),
+    ]
+    constants = {
+        "flat": np.array([0, 12]),
+        "step": np.array(STEP, np.float32),
+        "zero": np.array(0, np.int8),
+    }
+    held = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    ends = [
+        tensor("x", TensorProto.FLOAT, ["batch", 3, 4]),
+        tensor("y", TensorProto.FLOAT, ["batch", 12]),
+    ]
+    file = tmp_path / "model.onnx"
+    made = helper.make_graph(nodes, "turned", ends[:1], ends[1:], held)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), file)
+    core = ov.openvino.Core()
+    model = core.read_model(str(file))
+    x = noise(3, (5, 3, 4)).astype(np.float32)
+    before = core.compile_model(model, "CPU")({"x": x})["y"]
+    assert hoist(model) == 1
+    assert hoist(model) == 0
+    assert np.array_equal(core.compile_model(model, "CPU")({"x": x})["y"], before)
+    order = [op.get_type_name() for op in model.get_ordered_ops()]
+    assert order.index("FakeQuantize") < order.index("Transpose")

@@ -222,9 +222,14 @@ def _difference(model: Any, other: Any) -> float:
         shape = [1 if axis.is_dynamic else axis.get_length() for axis in axes]
         inputs[port.get_any_name()] = random.standard_normal(shape, dtype=np.float32)
     one, two = (list(compiled(inputs).values()) for compiled in (model, other))
-    return max(
-        float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-12))
-        for a, b in zip(one, two, strict=True)
+    # Not Python's max, which drops what is no number unless it is the first.
+    return float(
+        np.max(
+            [
+                np.abs(a - b).max() / max(np.abs(a).max(), 1e-12)
+                for a, b in zip(one, two, strict=True)
+            ]
+        )
     )
 
 

@@ -35,6 +35,7 @@ from dermaflux.engines import (
     usable_cores,
 )
 from dermaflux.engines.ov_graph import read
+from dermaflux.engines.ov_streams import MOST, Streams
 from dermaflux.engines.sizes import shape_of, sizes
 from dermaflux.errors import EngineError, translated
 
@@ -90,7 +91,8 @@ class OpenVinoEngine:
 
     With `outputs` it gives these alone, and computes no others. `bf16` is the share of the largest
     output by which bf16 may be off fp32, where a CPU has it; without it no bf16 is tried. `note`
-    is a sentence on what came of that, or empty.
+    is a sentence on what came of that, or empty. With `batches` those of `run` are cut over the
+    cores of a CPU (`dermaflux.engines.ov_streams`); all inputs must begin with the batch's axis.
 
     Raises:
         EngineError: the file is not a graph that this OpenVINO reads; at `run`, inputs that the
@@ -107,6 +109,7 @@ class OpenVinoEngine:
         shapes: Shapes | None = None,
         outputs: Collection[str] | None = None,
         bf16: float | None = None,
+        batches: bool = False,
     ) -> None:
         self.name = name
         self.precision = precision
@@ -151,11 +154,25 @@ class OpenVinoEngine:
             port.get_any_name(): port.get_element_type().to_dtype() for port in self._model.inputs
         }
         self._outputs = [port.get_any_name() for port in self._model.outputs]
+        settings["INFERENCE_PRECISION_HINT"] = self.computes
+        cores = threads or usable_cores()
+        self._streams: Streams | None = None
+        if batches and device == "CPU" and cores > 1:
+            count = min(cores, MOST)
+            beside = {**settings, "NUM_STREAMS": str(count), "PERFORMANCE_HINT": "THROUGHPUT"}
+            # Read anew: a model that is kept until a batch comes would hold its weights twice.
+            self._streams = Streams(
+                lambda: core().compile_model(read(core(), graph, outputs, device), device, beside),
+                count,
+            )
         self._idle: SimpleQueue[Any] = SimpleQueue()
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """See `Engine.run`; a request is one thread's, so that idle ones are kept for the next."""
         self._check(inputs)
+        if self._streams is not None and self._streams.take(inputs):
+            with translated(EngineError, f"OpenVINO cannot run {self._graph}"):
+                return self._streams.run(inputs, self._outputs)
         try:
             request = self._idle.get_nowait()
         except Empty:
@@ -262,4 +279,5 @@ def load(
         shapes=shapes,
         outputs=outputs,
         bf16=bf16,
+        batches=choice.part == "classifier",
     )

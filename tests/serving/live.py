@@ -86,8 +86,35 @@ class Brake:
         finally:
             self.open.set()
 
+    @contextmanager
+    def step_by_step(self) -> Iterator[Callable[[], None]]:
+        """What is given lets the step go that is held, and no other."""
+        before, permits = self.open, Permits(0)
+        self.open = permits  # type: ignore[assignment]
+
+        def one() -> None:
+            steps = self.steps
+            permits.release()
+            until(lambda: self.steps > steps)
+
+        try:
+            yield one
+        finally:
+            self.open = before
+            permits.set()
+
     def wait_for(self, steps: int) -> None:
         until(lambda: self.steps >= steps)
+
+
+class Permits(threading.Semaphore):
+    """Stands in for what holds the transformer: lets through as many steps as are released."""
+
+    def wait(self, timeout: float) -> bool:
+        return self.acquire(timeout=timeout)
+
+    def set(self) -> None:
+        self.release(1000)
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:

@@ -225,24 +225,18 @@ def test_several_images_are_shown_one_large_and_all_small(page: Page) -> None:
 def test_unfinished_images_are_shown_on_the_way_and_go(page: Page, live: Live) -> None:
     page.fill("#steps", "40")
     page.select_option("#count", "2")
-    with live.brake.closed():
+    with live.brake.step_by_step() as let_one_step_pass:
         page.get_by_role("button", name="Generate").click()
         live.brake.wait_for(1)
         expect(page.locator("#unfinished")).to_be_hidden()
-        # A few steps at a time: a stream whose reader falls behind leaves previews out.
-        until(lambda: let_one_step_pass(live) and page.locator("#unfinished").is_visible())
+        # A step at a time, slowly: a stream whose reader falls behind leaves previews out.
+        while not page.locator("#unfinished").is_visible():
+            let_one_step_pass()
+            page.wait_for_timeout(100)
         expect(page.get_by_text("Synthetic image, unfinished")).to_be_visible()
     drawn(page)
     expect(page.locator("#unfinished")).to_be_hidden()
     expect(page.get_by_text("Synthetic image, unfinished")).to_be_hidden()
-
-
-def let_one_step_pass(live: Live) -> bool:
-    steps = live.brake.steps
-    live.brake.open.set()
-    until(lambda: live.brake.steps > steps)
-    live.brake.open.clear()
-    return True
 
 
 def test_place_in_the_queue_is_told(browser: Browser) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from serving.pictures import PREVIEW_SIDE, preview
 from serving.stream import EventStream, Inbox
 from serving.ticket import Position, Step
-from tests.serving.live import Live, running
+from tests.serving.live import Live, Permits, running
 from tests.serving.test_generate import PROMPT, error, events
 
 T = TypeVar("T")
@@ -147,16 +147,6 @@ def test_several_images_come_with_their_numbers(live: Live) -> None:
             base64.b64decode(data["file"]) == live.client.post("/v1/generate", json=single).content
         )
     assert told[-1][0] == "image"
-
-
-class Permits(threading.Semaphore):
-    """Stands in for what holds the transformer: lets through as many steps as are released."""
-
-    def wait(self, timeout: float) -> bool:
-        return self.acquire(timeout=timeout)
-
-    def set(self) -> None:
-        self.release(1000)
 
 
 def test_an_image_goes_out_while_the_next_one_is_drawn() -> None:

@@ -46,7 +46,7 @@ _TECHNIQUES: Final[Mapping[str, str]] = {
     "fp32": "the graph in OpenVINO",
     "bf16": "bf16 where the processor has products of it",
     "int8": "products in 8 bits, calibrated",
-    PRUNED: "tokens that matter least are dropped on the way: less work, other answers",
+    PRUNED: "patches that say the same are merged on the way: less work, other answers",
 }
 
 

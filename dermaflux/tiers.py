@@ -9,7 +9,7 @@
 | `lossless` | both | the weights as they are: bf16 or fp16 on GPUs, fp32 on CPUs |
 | `fp8`, `int8` | both | products in eight bits, as the export measured them |
 | `cached` | generator | the fastest precision, and steps that are forecast (`dermaflux.forecast`) |
-| `pruned` | classifier | int8, and pieces of the picture that say little are dropped |
+| `pruned` | classifier | int8, and pieces of the picture that say the same are merged |
 
 Without a tier the fastest precision runs and every step is computed. A tier is about the part that
 takes the time, the transformer or the classifier; other parts keep their order of speed where they

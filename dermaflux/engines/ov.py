@@ -6,7 +6,7 @@ A CPU computes in fp32, and in int8 where the graph says so. Its hint for bf16 i
 generator: it was 1.8 times as fast on the embedded default's transformer (AVX-512 BF16), and 24 %
 of the largest output off in a single step, where eager torch in bf16 is 0.7 % off: the hint takes
 positions and times down with it. A classifier has neither, so its int8 and bf16 files are computed
-in bf16 where the processor has it (ViT-B/16: 51 ms a picture for 68), if what comes out is near
+in bf16 where the processor has it, if what comes out is near
 fp32's on the engine's own trial. GPU and NPU compute files below fp32 in fp16. An NPU compiles for
 one shape, so there a part takes the bundle's default size, one image at a time. What has run: the
 CPU. GPU and NPU have not; their settings are tested with a stand-in for OpenVINO.

@@ -1,8 +1,7 @@
 """A batch over all cores, a piece on each: faster than all cores on every product of the batch.
 
 Threads that share a product wait for each other at its end, and for the one that does what is not
-shared. A ViT-B/16 in int8 took 95 core-milliseconds a picture over two cores that way, and 75 on
-one core. So a batch is cut into as many pieces as there are streams, which run beside each other.
+shared. So a batch is cut into as many pieces as there are streams, which run beside each other.
 A batch of fewer pictures than streams would leave cores idle, and is left to the other way.
 
     >>> streams = Streams(compiled, count=2)

@@ -96,7 +96,9 @@ def test_they_fit_the_schemas(objects: list[dict[str, Any]], version: str) -> No
 @pytest.mark.parametrize("version", [*VERSIONS, "1.37"])
 @pytest.mark.parametrize("name", ["job.yaml", "volumes.yaml"])
 def test_those_of_the_batch_job_fit_them_too(name: str, version: str) -> None:
-    for one in load(DEPLOY / "batch" / name):
+    objects = load(DEPLOY / "batch" / name)
+    assert objects
+    for one in objects:
         kubernetes_validate.validate(one, version, strict=True)
 
 

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.latency import environment
+from benchmarks.machine import environment
 from dermaflux import files
 from dermaflux.command import at_least, ended
 from dermaflux.errors import EngineError

@@ -29,7 +29,7 @@ from typing import Any, Final
 
 from benchmarks import asks, flops, peak
 from benchmarks.floors import Limits, work_of
-from benchmarks.machine import environment
+from benchmarks.machine import before_measuring
 from benchmarks.measuring import alternate, ratio, spread
 from benchmarks.results_file import finish, require_place
 from benchmarks.variants import classifiers
@@ -157,7 +157,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
     bundle = Bundle.open(settings.bundle)
     sizes = settings.sizes(bundle.limits.max_batch)
     files = _files(settings.photographs)
-    before = environment()
+    before = before_measuring()
     choices = {f"{one.engine} {one.precision}": one for one in classifiers(bundle)}
     if settings.checkpoint is not None:
         choices = {EAGER: Choice("classifier", EAGER, "fp32", "asked for"), **choices}

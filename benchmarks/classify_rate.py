@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks import asks, processes
 from benchmarks.asks import photograph
-from benchmarks.machine import environment
+from benchmarks.machine import before_measuring
 from benchmarks.results_file import finish
 from dermaflux.bundle import Bundle
 from dermaflux.classifier import Classifier
@@ -138,7 +138,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
     """
     at_least(settings, {"seconds": 0.1, "warm_up": 0, "batch": 1, "threads": 1})
     bundle = Bundle.open(settings.bundle)
-    result = {"environment": environment(), **measure(settings, bundle)}
+    result = {"environment": before_measuring(), **measure(settings, bundle)}
     finish("classify_rate", result, words, None, bundle)
 
 

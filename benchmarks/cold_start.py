@@ -37,7 +37,7 @@ from typing import Any, Final
 from benchmarks.asks import photograph
 from benchmarks.captions import captions
 from benchmarks.http_sides import HOST, PORT, Side, started
-from benchmarks.machine import environment
+from benchmarks.machine import before_measuring
 from benchmarks.measuring import turn
 from benchmarks.results_file import finish, require_place
 from dermaflux.bundle import Bundle
@@ -257,7 +257,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     bundle = Bundle.open(settings.bundle)
     chosen = None if settings.tier is None else tier(settings.tier)
     choice = choose(bundle, "transformer", settings.engine, settings.precision, tier=chosen)
-    before = environment()
+    before = before_measuring()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(settings, bundle, Path(folder))
     table = {kind: medians(starts) for kind, starts in found.items()}

@@ -78,7 +78,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     backend = settings.backend or ("inductor" if cuda else "eager")
     bench = Bench(Sides(shape, device, torch.bfloat16 if cuda else torch.float32, backend))
     result: dict[str, Any] = {
-        "environment": {**machine.environment(), "device": _described(device)},
+        "environment": {**machine.before_measuring(), "device": _described(device)},
         "gpu_figure": cuda,
         "shape": shape.name,
         "backend": backend,

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.floors import Limits
 from benchmarks.ladder import Effort, climb
 from benchmarks.ladder_generation import alike, floor_of, our_rung, rival
-from benchmarks.machine import environment
+from benchmarks.machine import before_measuring
 from benchmarks.results_file import finish, keep, require_place
 from benchmarks.rivals import flux_torch
 from benchmarks.rivals.flux_torch import Rival
@@ -88,7 +88,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
     require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     same_model(bundle, settings.checkpoint)
-    before = environment()
+    before = before_measuring()
     threads = settings.threads or usable_cores()
     limits = Limits.measured()
     theirs = flux_torch.eager(settings.checkpoint, threads)

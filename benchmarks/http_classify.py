@@ -111,7 +111,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
             f"the bundle {bundle.name} has no classifier; add one to the checkpoint (classifier/) "
             "and export again"
         )
-    environment = machine.environment()
+    environment = machine.before_measuring()
     families, left_out = contenders(settings)
     for reason in left_out.values():
         print(f"left out: {reason}", file=sys.stderr)

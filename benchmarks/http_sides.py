@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from benchmarks import processes
+from benchmarks import others, processes
 from dermaflux.errors import DermaFluxError
 
 HOST: Final = "127.0.0.1"
@@ -117,11 +117,12 @@ def started(side: Side, log: Path, port: int | None = None) -> Iterator[Running]
         except OSError as error:
             raise DermaFluxError(f"{side.name}: {command[0]} cannot be run: {error}") from error
     url = f"http://{HOST}:{number}"
-    try:
-        _wait(side, process, f"{url}{side.ready}", log)
-        yield Running(url, process.pid, time.monotonic() - begin)
-    finally:
-        _end(process)
+    with others.adopting():
+        try:
+            _wait(side, process, f"{url}{side.ready}", log)
+            yield Running(url, process.pid, time.monotonic() - begin)
+        finally:
+            _end(process)
 
 
 def settle(running: Running, seconds: float = 20.0) -> None:
@@ -185,7 +186,8 @@ def _last_words(log: Path) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End it, and what it started and left: it has a session, so a group, of its own."""
+    """End it, and what it started and left: it has a session, so a group, of its own. What those
+    took of the machine is ours, not others', once they were waited for."""
     members = processes.family([process.pid])
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -197,3 +199,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + END_SECONDS
     while processes.seen(members).processes and time.monotonic() < end:
         time.sleep(_ASK_SECONDS)
+    others.wait_for_group(process.pid)

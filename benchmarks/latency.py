@@ -36,7 +36,7 @@ from benchmarks import peak
 from benchmarks.captions import captions
 from benchmarks.floors import Least, Limits, floors_of, work_of
 from benchmarks.flops import transformer_flops
-from benchmarks.machine import environment
+from benchmarks.machine import before_measuring
 from benchmarks.measuring import alternate, ratio, spread
 from benchmarks.rates import matmul_rate
 from benchmarks.results_file import finish, require_place
@@ -49,7 +49,7 @@ from dermaflux.errors import DermaFluxError, EngineError
 from dermaflux.pipeline import Pipeline
 from dermaflux.request import validate
 
-__all__ = ["environment", "matmul_rate", "transformer_flops", "variants"]
+__all__ = ["matmul_rate", "transformer_flops", "variants"]
 
 WARM_UP: Final = 2
 
@@ -213,7 +213,7 @@ def run(settings: Settings, words: Sequence[str]) -> None:
     require_place(settings.out)
     bundle = Bundle.open(settings.bundle)
     asked = Asked.of(bundle, settings)
-    before = environment()
+    before = before_measuring()
     chosen = listed(bundle, settings.checkpoint, settings.tier)
     if not chosen:
         raise EngineError("no engine can run the transformer here; the lines above say why")

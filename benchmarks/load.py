@@ -36,7 +36,7 @@ from benchmarks import asks, scrape
 from benchmarks.answers import Window, summary
 from benchmarks.arrivals import closed, opened, poisson
 from benchmarks.asks import Asks, Classifications, Generations, Kind
-from benchmarks.latency import environment
+from benchmarks.machine import environment
 from benchmarks.sending import Access, Sender
 from dermaflux import files
 from dermaflux.command import at_least, ended, option, parsed

@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.diffusers_script import PEAK
-from benchmarks.latency import environment
 from benchmarks.lora_flops import linears, step_flops
 from benchmarks.lora_sides import ADAPTERS, BARS, SIDES, Plan, link_pictures, weights_of
+from benchmarks.machine import environment
 from benchmarks.watched import Watched, watch
 from dermaflux import files
 from dermaflux.checkpoint import Checkpoint

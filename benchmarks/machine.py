@@ -2,6 +2,9 @@
 
 >>> environment()["instructions"], load()
 (['avx2', 'avx512f', 'avx512_vnni'], 0.21)
+>>> before = before_measuring()
+>>> after_measuring(before)["others_meanwhile"]
+0.01
 """
 
 from __future__ import annotations
@@ -9,10 +12,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import others
 from dermaflux.hardware import processor, ram, usable_cores
 
 _PACKAGES: Final = (
@@ -29,6 +35,8 @@ _VARIABLES: Final = (
     "MKL_NUM_THREADS",
     "ONEDNN_MAX_CPU_ISA",
 )
+_COUNTED: Final = "counted_from"
+"""Readings of before, in an environment of which `after_measuring` was not told yet."""
 
 
 def environment() -> dict[str, Any]:
@@ -56,6 +64,25 @@ def environment() -> dict[str, Any]:
         "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "load_before": load(),
     }
+
+
+def before_measuring() -> dict[str, Any]:
+    """`environment`, and `others_before`: the share of the cores, 0 to 1, that other processes took
+    in half a second just now; None where the system does not tell (`benchmarks.others`)."""
+    found = {**environment(), "others_before": others.look()}
+    began = others.reading()
+    return found if began is None else {**found, _COUNTED: asdict(began)}
+
+
+def after_measuring(before: Mapping[str, Any]) -> dict[str, Any]:
+    """What was there before, `load_after`, and of `before_measuring` also `others_meanwhile`: the
+    share of the cores that other processes took since then; None where it is not known."""
+    found = {name: value for name, value in before.items() if name != _COUNTED}
+    if "others_before" in before:
+        began = before.get(_COUNTED)
+        reading = None if began is None else others.Reading(**began)
+        found["others_meanwhile"] = others.share(reading, others.reading())
+    return {**found, "load_after": load()}
 
 
 def load() -> float | None:

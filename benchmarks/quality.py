@@ -32,7 +32,7 @@ from PIL import Image
 
 from benchmarks import quality_classifier
 from benchmarks.captions import captions
-from benchmarks.machine import environment
+from benchmarks.machine import before_measuring
 from benchmarks.measuring import ratio
 from benchmarks.quality_classifier import Photograph
 from benchmarks.quality_sides import Asked, Side, controls, fewer_steps, measure
@@ -183,7 +183,7 @@ def run(settings: Settings, words: Sequence[str]) -> int:
             settings.photographs, settings.split, settings.most
         )
         readers = classifiers(bundle)
-    before = environment()
+    before = before_measuring()
     variants = chosen(bundle, settings)
     sides = {
         variant.name: Side(

@@ -38,7 +38,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.latency import environment
+from benchmarks.machine import environment
 from benchmarks.queue_theory import Cost, costs, long_run, simulated
 from dermaflux import files
 from dermaflux.command import at_least, ended

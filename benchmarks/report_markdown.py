@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks import others
+
 
 def machine_line(result: Mapping[str, Any]) -> str:
     """What ran it: no table is without."""
@@ -24,11 +26,10 @@ def machine_line(result: Mapping[str, Any]) -> str:
         ", ".join(environment.get("instructions", ())),
     ]
     line = "; ".join(word for word in words if word)
-    load = [environment.get(name) for name in ("load_before", "load_after")]
-    if None not in load:
-        line += f". Load before and after: {load[0]}, {load[1]}"
-        if load[0] > 1:
-            line += " (**not a quiet machine**)"
+    if busy := others.told(environment):
+        line += f". {busy}"
+    if others.quiet(environment) is False:
+        line += " (**not a quiet machine**)"
     bundle = result.get("bundle")
     if isinstance(bundle, Mapping):
         line += f". Bundle {bundle.get('name')} `{bundle.get('id')}`"

@@ -61,17 +61,17 @@ def finish(
     """Write a result to `out`, whole or not at all, and print it as the last line of stdout.
 
     `name` is the module's within `benchmarks`, `words` are those of its command line. A result that
-    already has an `environment`, taken before it measured, keeps that; the load of the machine
-    afterwards is added to it.
+    already has an `environment`, taken before it measured (`machine.before_measuring`), keeps that;
+    to it are added the load of the machine afterwards and what other processes took meanwhile.
 
     Raises:
         OSError: `out` cannot be written; the line is printed first.
     """
-    environment = dict(result.get("environment") or machine.environment())
+    environment = result.get("environment") or machine.environment()
     whole: dict[str, Any] = {
         "benchmark": name,
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *words]),
-        "environment": {**environment, "load_after": machine.load()},
+        "environment": machine.after_measuring(environment),
     }
     if bundle is not None:
         whole["bundle"] = {"name": bundle.name, "id": bundle.id}

@@ -35,8 +35,8 @@ from urllib.parse import urlsplit
 
 from benchmarks import processes
 from benchmarks.answers import percentiles
-from benchmarks.latency import environment
 from benchmarks.load import told
+from benchmarks.machine import environment
 from benchmarks.mixed import MIX, Mixed
 from benchmarks.sending import Access, Sender
 from benchmarks.slope import floors, growth

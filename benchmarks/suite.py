@@ -32,7 +32,8 @@ from benchmarks import ladder_generation as drawing
 from benchmarks.floors import Limits
 from benchmarks.ladder import Alike, Effort, Ladder, climb, table
 from benchmarks.ladder_batches import SIZES, batches
-from benchmarks.machine import environment, load
+from benchmarks.machine import before_measuring, load
+from benchmarks.others import quiet, told
 from benchmarks.results_file import finish, keep, require_place
 from benchmarks.rivals.task import Task
 from benchmarks.suite_goals import goals_of
@@ -99,17 +100,17 @@ def run(settings: Settings, words: Sequence[str]) -> int:
     same_model(bundle, settings.checkpoint)
     task = Task.of(bundle, settings.steps)
     began = time.perf_counter()
-    before = environment()
-    quiet = (before["load_before"] or 0) <= 1
-    if not quiet:
-        print(f"others use this machine (load {before['load_before']}): torch with a thread a core "
-              "suffers most from that, so ratios to it are too large", file=sys.stderr)  # fmt: skip
+    before = before_measuring()
+    alone = quiet(before) is not False
+    if not alone:
+        print(f"not a quiet machine: {told(before)}. Torch with a thread a core suffers most from "
+              "that, so ratios to it are too large", file=sys.stderr)  # fmt: skip
     threads = settings.threads or usable_cores()
     limits = Limits.measured()
     result: dict[str, Any] = {
         "environment": before,
         "quick": settings.quick,
-        "quiet_machine": quiet,
+        "quiet_machine": alone,
         "threads": threads,
         "task": task.told(),
         "machine_limits": limits.told(),

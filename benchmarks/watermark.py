@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.batch import lesions
-from benchmarks.latency import environment
+from benchmarks.machine import environment
 from benchmarks.watermark_figures import KEY, Alarms, Pixels, marked, pieces, speed, survival
 from benchmarks.watermark_shortcut import shortcut
 from dermaflux import files

@@ -152,6 +152,16 @@ def test_machines_are_never_mixed(results: Path, tmp_path: Path) -> None:
     assert "not a quiet machine" in second
 
 
+def test_a_machine_is_judged_by_what_others_took_not_by_the_command_before() -> None:
+    busy = {**MACHINE, "load_before": 4.0, "others_before": 0.3, "others_meanwhile": 0.02}
+    line = machine_line({"environment": busy})
+    assert "Of the cores, other processes took 30 % before measuring, 2 % meanwhile." in line
+    assert "not a quiet machine" not in line
+    assert "(**not a quiet machine**)" in machine_line(
+        {"environment": {**busy, "load_before": 0.1, "others_meanwhile": 0.2}}
+    )
+
+
 def test_a_run_that_was_stopped_says_so(results: Path, tmp_path: Path) -> None:
     put(results, "a", suite_result(unfinished=True))
     out = tmp_path / "speed.md"

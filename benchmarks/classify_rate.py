@@ -41,6 +41,7 @@ class Settings:
     images: Path | None = option("folder of photographs, instead of drawn ones", None)
     engine: str | None = option("force one engine", None)
     precision: str | None = option("force one precision", None)
+    tier: str | None = option("what may be given up for speed", None)
     seconds: float = option("length of either measurement", 10.0)
     warm_up: float = option("seconds before, which do not count", 2.0)
     batch: int | None = option("pictures at a time; default: the bundle's largest batch", None)
@@ -81,7 +82,11 @@ def measure(settings: Settings, bundle: Bundle) -> dict[str, Any]:
         EngineError: an engine cannot be had.
     """
     classifier = Classifier.open(
-        bundle, settings.engine, settings.precision, threads=settings.threads
+        bundle,
+        settings.engine,
+        settings.precision,
+        tier=settings.tier,
+        threads=settings.threads,
     )
     assert classifier.choice is not None, "opened from a bundle"
     files = [data for data, _ in photographs(settings.images, settings.seed)]

@@ -2,7 +2,12 @@
 
     python -m benchmarks.classifiers vit_base_patch16_224 --out runs/b16
     python -m export runs/b16 --out bundles/b16 --prompts 8
-    python -m benchmarks.http_classify --bundle bundles/b16 --checkpoint runs/b16
+    python -m benchmarks.http_classify --bundle bundles/b16 --checkpoint runs/b16 \\
+        --precision int8,int8-pruned
+
+`--precision` and `--tier` name several of ours, each a service of its own beside the same rivals
+and held to the same goals; without them it is what the service takes by itself. Lossy ones, which
+do less work than the model has, are named so.
 
 Each side is started as its users start it and measured alone, one after the other: on a machine of
 few cores they would take them from each other. They take turns over rounds, and speed is a ratio
@@ -28,14 +33,9 @@ from typing import Final
 
 from benchmarks import machine, measuring, results_file
 from benchmarks.classify_rate import photographs
-from benchmarks.http_contenders import (
-    IN_PROCESS,
-    PACKAGES,
-    contenders,
-    interpreter_of,
-    versions,
-)
+from benchmarks.http_contenders import PACKAGES, contenders, interpreter_of, versions
 from benchmarks.http_figures import goals, same_answers, table
+from benchmarks.http_ours import kinds
 from benchmarks.http_rounds import Rounds
 from dermaflux.bundle import Bundle
 from dermaflux.command import at_least, ended, option, parsed
@@ -56,7 +56,10 @@ class Settings:
     open_seconds: float = option("of the open loop, which is run once; 0: none", 20.0)
     warm_up: float = option("seconds before each of them, which do not count", 2.0)
     engine: str | None = option("force one engine of ours", None)
-    precision: str | None = option("force one precision of ours", None)
+    precision: tuple[str, ...] = option(
+        "of ours; several: a service of each; default: the fastest that is not lossy", ()
+    )
+    tier: tuple[str, ...] = option("of ours, likewise, beside --precision", ())
     port: int | None = option("to serve on; default: a free one", None)
     rivals_python: Path | None = option(
         "interpreter that has litserve and fastapi; default: that of .venv-rivals, or this one",
@@ -111,17 +114,18 @@ def run(settings: Settings, words: Sequence[str]) -> None:
             f"the bundle {bundle.name} has no classifier; add one to the checkpoint (classifier/) "
             "and export again"
         )
+    ours = kinds(settings, bundle)
     environment = machine.before_measuring()
-    families, left_out = contenders(settings)
+    families, left_out = contenders(settings, ours)
     for reason in left_out.values():
         print(f"left out: {reason}", file=sys.stderr)
     files = photographs(settings.images, settings.seed)
     with tempfile.TemporaryDirectory(prefix="dermaflux-http-") as folder:
-        rounds = Rounds(settings, counts, families, files, Path(folder))
+        rounds = Rounds(settings, counts, families, ours, files, Path(folder))
         for number in range(settings.rounds):
-            for name in measuring.turn([IN_PROCESS, *families], number):
+            for name in measuring.turn(rounds.names, number):
                 asyncio.run(rounds.turn(name, number))
-    sides = table(rounds.found, rounds.alone, counts)
+    sides = table(rounds.found, rounds.alone, ours, counts)
     result = {
         "environment": environment,
         "photographs": {
@@ -132,9 +136,11 @@ def run(settings: Settings, words: Sequence[str]) -> None:
         "rounds": settings.rounds,
         "sides": sides,
         "left_out": left_out,
-        "rival_versions": versions(interpreter_of(settings), PACKAGES) if len(families) > 1 else {},
-        "answers": same_answers(rounds),
-        **goals(rounds, counts[-1]),
+        "rival_versions": versions(interpreter_of(settings), PACKAGES)
+        if len(families) > len(ours)
+        else {},
+        "answers": same_answers(rounds, ours),
+        **goals(rounds, ours, counts[-1]),
     }
     for one in result["goals"]:
         state = {True: "met", False: "missed", None: "not measured"}[one["met"]]

@@ -3,7 +3,7 @@
 Rivals are given the settings that users try on few cores, and are quoted at their best: all cores
 within one image or batch, or an image or batch per core with a thread each.
 
->>> families, left_out = contenders(settings)
+>>> families, left_out = contenders(settings, kinds(settings, bundle))
 >>> [side.name for side in families["litserve"]]
 ['litserve, 1 worker of 2 threads', 'litserve, 2 workers of 1 thread']
 """
@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
-from benchmarks.http_sides import HOST, PORT, Side
+from benchmarks.http_ours import Kind
+from benchmarks.http_sides import PORT, Side
 from benchmarks.rivals_http.torch_classifier import READY_PATH
 from dermaflux.errors import BundleError
 from dermaflux.hardware import usable_cores
 
-IN_PROCESS: Final = "in process"
-OURS: Final = "dermaflux"
 RIVALS: Final = ("litserve", "fastapi")
 RIVALS_PYTHON: Final = Path(".venv-rivals/bin/python")
 PACKAGES: Final = ("litserve", "fastapi", "uvicorn", "uvloop", "torch", "timm")
@@ -34,24 +33,18 @@ class Asked(Protocol):
     """What is needed of the command's settings."""
 
     @property
-    def bundle(self) -> Path: ...
-    @property
     def checkpoint(self) -> Path | None: ...
-    @property
-    def engine(self) -> str | None: ...
-    @property
-    def precision(self) -> str | None: ...
     @property
     def rivals_python(self) -> Path | None: ...
 
 
-def contenders(asked: Asked) -> tuple[dict[str, list[Side]], dict[str, str]]:
-    """Each family's settings that are to be tried, and why families are left out.
+def contenders(asked: Asked, ours: Sequence[Kind]) -> tuple[dict[str, list[Side]], dict[str, str]]:
+    """Each family's settings that are to be tried, ours first, and why families are left out.
 
     Raises:
         BundleError: the checkpoint has no classifier.
     """
-    families = {OURS: [ours(asked)]}
+    families = {one.side: [one.service()] for one in ours}
     if asked.checkpoint is None:
         return families, dict.fromkeys(RIVALS, "no --checkpoint was given, which rivals run")
     if not (asked.checkpoint / "classifier/model.safetensors").is_file():
@@ -71,22 +64,6 @@ def contenders(asked: Asked) -> tuple[dict[str, list[Side]], dict[str, str]]:
                 "make .venv-rivals/.complete"
             )
     return families, left_out
-
-
-def ours(asked: Asked) -> Side:
-    """Our service as its users start it."""
-    given = {"ENGINE": asked.engine, "PRECISION": asked.precision}
-    return Side(
-        OURS,
-        (sys.executable, "-m", "bentoml", "serve", "serving.service:DermaFlux",
-         "--host", HOST, "--port", PORT),
-        {
-            "DERMAFLUX_BUNDLE": str(asked.bundle),
-            "BENTOML_DO_NOT_TRACK": "true",
-            **{f"DERMAFLUX_{name}": value for name, value in given.items() if value is not None},
-        },
-        "/readyz",
-    )  # fmt: skip
 
 
 def rivals(name: str, python: str, checkpoint: Path, cores: int) -> list[Side]:

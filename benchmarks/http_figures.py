@@ -1,6 +1,6 @@
 """From what was seen over the rounds to a table, ratios and goals.
 
->>> goals(rounds, callers=16)["ratios"]["of in process"]
+>>> goals(rounds, ours, callers=16)["ratios"]["of in process"]
 {'median': 0.93, 'low': 0.92, 'high': 0.95}
 """
 
@@ -14,7 +14,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from benchmarks.arrivals import poisson
-from benchmarks.http_contenders import IN_PROCESS, OURS, RIVALS
+from benchmarks.http_contenders import RIVALS
+from benchmarks.http_ours import Kind
 from benchmarks.http_rounds import SAMPLE, Found
 from benchmarks.measuring import ratio
 
@@ -29,14 +30,19 @@ class Seen(Protocol):
     """What `benchmarks.http_rounds.Rounds` gathered."""
 
     found: dict[str, Found]
-    alone: list[dict[str, Any]]
+    alone: dict[str, list[dict[str, Any]]]
 
 
 def table(
-    found: Mapping[str, Found], alone: Sequence[Mapping[str, Any]], counts: Sequence[int]
+    found: Mapping[str, Found],
+    alone: Mapping[str, Sequence[Mapping[str, Any]]],
+    ours: Sequence[Kind],
+    counts: Sequence[int],
 ) -> dict[str, Any]:
-    """By side: its settings, images a second by callers, waits, processor time and memory."""
+    """By side: its settings, images a second by callers, waits, processor time and memory; of ours
+    also whether it is `lossy`."""
     told: dict[str, Any] = {}
+    lossy = {name: one.lossy for one in ours for name in (one.side, one.alone)}
     for name, seen in found.items():
         told[name] = {
             "settings": seen.side.name,
@@ -48,51 +54,28 @@ def table(
             "cpu_s_per_1000": statistics.median(seen.cpu_s_per_1000),
             "peak_rss_bytes": seen.peak_rss_bytes,
         }
-    if alone:
-        told[IN_PROCESS] = {
-            **{key: alone[0][key] for key in ("engine", "precision", "batch")},
-            "images_per_s": statistics.median(one["decoded_per_s"] for one in alone),
-            "from_files_per_s": statistics.median(one["from_files_per_s"] for one in alone),
-            "cpu_s_per_1000": statistics.median(one["cpu_s_per_1000"] for one in alone),
-            "peak_rss_bytes": max(one["rss_bytes"] for one in alone),
+    for name, rounds in alone.items():
+        told[name] = {
+            **{key: rounds[0][key] for key in ("engine", "precision", "batch")},
+            "images_per_s": statistics.median(one["decoded_per_s"] for one in rounds),
+            "from_files_per_s": statistics.median(one["from_files_per_s"] for one in rounds),
+            "cpu_s_per_1000": statistics.median(one["cpu_s_per_1000"] for one in rounds),
+            "peak_rss_bytes": max(one["rss_bytes"] for one in rounds),
         }
-    return told
+    return {name: {**one, "lossy": lossy[name]} if name in lossy else one
+            for name, one in told.items()}  # fmt: skip
 
 
-def goals(seen: Seen, callers: int) -> dict[str, Any]:
-    """Ratios within rounds with intervals, and which goals they meet; None was not measured."""
-    ours = seen.found[OURS]
-    spent = [1 / rate for rate in ours.rates]
-    ratios = {
-        "of in process": asdict(ratio([1 / one["decoded_per_s"] for one in seen.alone], spent)),
-        "of in process with files": asdict(
-            ratio([1 / one["from_files_per_s"] for one in seen.alone], spent)
-        ),
-    }
-    for name in RIVALS:
-        if name in seen.found:
-            rates = seen.found[name].rates
-            ratios[f"times {name}"] = asdict(ratio([1 / rate for rate in rates], spent))
-    waits = _with_share(ours.open)
-    tail = None if waits is None else waits["p99_over_p50"]
-    told = [
-        _goal(
-            f"at {callers} callers, of the rate in process without reading files",
-            ratios["of in process"]["median"], least=OF_IN_PROCESS,
-        ),
-        *(
-            _goal(
-                f"at {callers} callers, times {name}",
-                ratios.get(f"times {name}", {}).get("median"), least=TIMES_RIVALS,
-            )
-            for name in RIVALS
-        ),
-        _goal("p99 over p50 at half load, Poisson arrivals", tail, most=P99_OVER_P50),
-        _goal(
-            f"p99 over p50 with half as many callers ({callers // 2}, closed loop)",
-            _closed_tail(ours.closed.get(callers // 2, ())), most=P99_OVER_P50,
-        ),
-    ]  # fmt: skip
+def goals(seen: Seen, ours: Sequence[Kind], callers: int) -> dict[str, Any]:
+    """Ratios within rounds with intervals, and which goals they meet, of each of ours; None was not
+    measured."""
+    ratios: dict[str, dict[str, float]] = {}
+    told: list[dict[str, Any]] = []
+    for kind in ours:
+        own = _ratios(seen, kind)
+        of = f"{kind.name}, " if kind.name else ""
+        ratios |= {f"{of}{name}": one for name, one in own.items()}
+        told += _goals(seen.found[kind.side], own, kind.goal, callers)
     return {
         "ratios": {
             name: {key: round(value, 3) for key, value in one.items()}
@@ -108,6 +91,45 @@ def goals(seen: Seen, callers: int) -> dict[str, Any]:
     }
 
 
+def _ratios(seen: Seen, kind: Kind) -> dict[str, dict[str, float]]:
+    """Of one of ours to what its classifier does without a service, and to rivals."""
+    alone = seen.alone[kind.alone]
+    spent = [1 / rate for rate in seen.found[kind.side].rates]
+    others = {
+        "of in process": [one["decoded_per_s"] for one in alone],
+        "of in process with files": [one["from_files_per_s"] for one in alone],
+        **{f"times {name}": seen.found[name].rates for name in RIVALS if name in seen.found},
+    }
+    return {
+        name: asdict(ratio([1 / rate for rate in rates], spent)) for name, rates in others.items()
+    }
+
+
+def _goals(
+    ours: Found, ratios: Mapping[str, Mapping[str, float]], whose: str, callers: int
+) -> list[dict[str, Any]]:
+    waits = _with_share(ours.open)
+    tail = None if waits is None else waits["p99_over_p50"]
+    return [
+        _goal(
+            f"{whose}at {callers} callers, of the rate in process without reading files",
+            ratios["of in process"]["median"], least=OF_IN_PROCESS,
+        ),
+        *(
+            _goal(
+                f"{whose}at {callers} callers, times {name}",
+                ratios.get(f"times {name}", {}).get("median"), least=TIMES_RIVALS,
+            )
+            for name in RIVALS
+        ),
+        _goal(f"{whose}p99 over p50 at half load, Poisson arrivals", tail, most=P99_OVER_P50),
+        _goal(
+            f"{whose}p99 over p50 with half as many callers ({callers // 2}, closed loop)",
+            _closed_tail(ours.closed.get(callers // 2, ())), most=P99_OVER_P50,
+        ),
+    ]  # fmt: skip
+
+
 def single_server_tail(load: float, count: int = 200_000, seed: int = 0) -> float:
     """p99 over p50 of the time in an M/D/1 queue, by Lindley's recursion over `count` arrivals."""
     arrivals = np.array(poisson(load, count / load, seed))
@@ -118,14 +140,17 @@ def single_server_tail(load: float, count: int = 200_000, seed: int = 0) -> floa
     return float(far / middle)
 
 
-def same_answers(seen: Seen) -> dict[str, Any]:
+def same_answers(seen: Seen, ours: Sequence[Kind]) -> dict[str, Any]:
     """Largest differences of probabilities, over the same photographs, from torch in fp32; and
-    whether our service says what the bundle says in process."""
+    whether each of our services says what its file of the bundle says in process."""
     compared = {name: one.answers for name, one in seen.found.items()}
-    compared[IN_PROCESS] = seen.alone[0]["answers"][:SAMPLE]
-    told: dict[str, Any] = {"photographs": SAMPLE, "from_in_process": _apart(
-        compared[OURS], compared[IN_PROCESS]
-    )}  # fmt: skip
+    compared |= {name: rounds[0]["answers"][:SAMPLE] for name, rounds in seen.alone.items()}
+    told: dict[str, Any] = {
+        "photographs": SAMPLE,
+        "from_in_process": {
+            one.side: _apart(compared[one.side], compared[one.alone]) for one in ours
+        },
+    }
     reference = next((name for name in reversed(RIVALS) if name in compared), None)
     if reference is None:
         return told

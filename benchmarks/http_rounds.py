@@ -1,6 +1,6 @@
 """The turns of the sides: each is started, asked by callers, and ended.
 
->>> rounds = Rounds(settings, [1, 4, 16], families, files, folder)
+>>> rounds = Rounds(settings, [1, 4, 16], families, kinds(settings, bundle), files, folder)
 >>> asyncio.run(rounds.turn("litserve", 0))       # tries all of its settings
 >>> rounds.found["litserve"].rates
 [5.1]
@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from benchmarks.answers import Answer, Window, percentiles, summary
 from benchmarks.arrivals import closed, opened, poisson
 from benchmarks.asks import Classifications
-from benchmarks.http_contenders import IN_PROCESS, Asked
+from benchmarks.http_ours import Kind
 from benchmarks.http_sides import Running, Side, settle, started, watched
 from benchmarks.sending import Access, Sender
 from dermaflux.errors import DermaFluxError
@@ -30,7 +30,7 @@ SAMPLE: Final = 8
 _TIMEOUT: Final = 120.0
 
 
-class Plan(Asked, Protocol):
+class Plan(Protocol):
     """What is needed of the command's settings."""
 
     @property
@@ -67,33 +67,41 @@ class Found:
 
 
 class Rounds:
-    """Gathers `found` by family, and `alone`: what `benchmarks.classify_rate` said each round."""
+    """Gathers `found` by family, and `alone` by kind of ours: what `benchmarks.classify_rate` said
+    each round."""
 
     def __init__(
         self,
         plan: Plan,
         counts: Sequence[int],
         families: Mapping[str, Sequence[Side]],
+        ours: Sequence[Kind],
         files: Sequence[tuple[bytes, str]],
         folder: Path,
     ) -> None:
         self.found: dict[str, Found] = {}
-        self.alone: list[dict[str, Any]] = []
+        self.alone: dict[str, list[dict[str, Any]]] = {one.alone: [] for one in ours}
         self._plan = plan
         self._counts = counts
         self._families = families
+        self._ours = {one.alone: one for one in ours}
         self._asks = Classifications(files)
         self._folder = folder
 
+    @property
+    def names(self) -> list[str]:
+        """All that take turns."""
+        return [*self._ours, *self._families]
+
     async def turn(self, name: str, number: int) -> None:
-        """One family's turn in a round, counted from 0.
+        """The turn of one of `names` in a round, counted from 0.
 
         Raises:
             DermaFluxError: it cannot be started, or gave no result.
         """
-        if name == IN_PROCESS:
-            self.alone.append(self._in_process())
-            rate = self.alone[-1]["decoded_per_s"]
+        if name in self._ours:
+            self.alone[name].append(self._in_process(self._ours[name]))
+            rate = self.alone[name][-1]["decoded_per_s"]
             print(f"round {number + 1}, {name}: {rate:.2f} images/s", file=sys.stderr)
             return
         if number == 0:
@@ -179,17 +187,16 @@ class Rounds:
                 found.append(json.loads(await reply.read()))
         return found
 
-    def _in_process(self) -> dict[str, Any]:
+    def _in_process(self, kind: Kind) -> dict[str, Any]:
         plan = self._plan
         given = {
-            "--bundle": plan.bundle, "--engine": plan.engine, "--precision": plan.precision,
             "--images": plan.images, "--seconds": plan.seconds / 2, "--warm-up": plan.warm_up / 2,
             "--seed": plan.seed,
         }  # fmt: skip
         words = [
             w for name, value in given.items() if value is not None for w in (name, str(value))
         ]
-        command = [sys.executable, "-m", "benchmarks.classify_rate", *words]
+        command = [sys.executable, "-m", "benchmarks.classify_rate", *kind.words(), *words]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise DermaFluxError(

@@ -205,8 +205,11 @@ def cold_start(result: Result) -> bytes:
 
 def http(result: Result) -> bytes:
     """Rates of all sides."""
-    sides = {name: one["images_per_s"] for name, one in result["sides"].items()
-             if one.get("images_per_s") is not None}  # fmt: skip
+    sides = {
+        name + " (lossy)" * bool(one.get("lossy")): one["images_per_s"]
+        for name, one in result["sides"].items()
+        if one.get("images_per_s") is not None
+    }
     figure, axes = _figure(7.5, 1.2 + 0.4 * len(sides))
     for place, (name, rate) in enumerate(sides.items()):
         ours = "ours" in name or "dermaflux" in name.lower() or "process" in name

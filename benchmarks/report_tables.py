@@ -135,7 +135,7 @@ def http(result: Result) -> str:
         told = one.get("settings") or f"{one.get('engine', '')} {one.get('precision', '')}".strip()
         closed = one.get("closed", {})
         rows.append(
-            [name, str(told), number(one.get("images_per_s")),
+            [name + " (lossy)" * bool(one.get("lossy")), str(told), number(one.get("images_per_s")),
              *(_closed(closed.get(count, ())) for count in counts),
              number((one.get("open") or {}).get("p99_over_p50")), number(one.get("cpu_s_per_1000"))]
         )  # fmt: skip

@@ -18,14 +18,15 @@ from benchmarks import http_classify, processes
 from benchmarks.answers import Answer
 from benchmarks.asks import photograph
 from benchmarks.classify_rate import SIZE
-from benchmarks.http_contenders import IN_PROCESS, OURS, contenders
+from benchmarks.http_contenders import contenders
 from benchmarks.http_figures import single_server_tail
+from benchmarks.http_ours import IN_PROCESS, OURS, Kind, kinds
 from benchmarks.http_rounds import rate_of
 from benchmarks.http_sides import HOST, PORT, Side, free_port, started, watched
 from benchmarks.rivals_http.torch_classifier import PATH, READY_PATH, TorchClassifier
-from dermaflux.bundle import ClassifierSpec
+from dermaflux.bundle import Bundle, ClassifierSpec
 from dermaflux.classifier import preprocess
-from dermaflux.errors import BundleError, DermaFluxError
+from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from tests.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,15 +139,50 @@ def settings(**given: Any) -> http_classify.Settings:
     return http_classify.Settings(**given)
 
 
+PLAIN = Kind(Path("bundle"), None, None, None, "openvino-cpu int8")
+
+
+def test_one_of_ours_is_what_the_service_takes_by_itself(tiny_bundle: Bundle) -> None:
+    (one,) = kinds(settings(bundle=tiny_bundle.path), tiny_bundle)
+    assert (one.side, one.alone, one.goal, one.lossy) == (OURS, IN_PROCESS, "", False)
+    service = one.service()
+    assert service.name == f"{OURS}, {one.runs}"
+    assert service.variables["DERMAFLUX_BUNDLE"] == str(tiny_bundle.path)
+    assert not {"DERMAFLUX_PRECISION", "DERMAFLUX_CLASSIFIER_TIER"} & set(service.variables)
+    assert one.words() == ["--bundle", str(tiny_bundle.path)]
+
+
+def test_several_of_ours_are_named_by_what_was_asked_for(tiny_bundle: Bundle) -> None:
+    asked = settings(bundle=tiny_bundle.path, precision=("int8", "fp32"), tier=("lossless",))
+    found = kinds(asked, tiny_bundle)
+    assert [one.side for one in found] == [f"{OURS}, int8", f"{OURS}, fp32",
+                                           f"{OURS}, tier lossless"]  # fmt: skip
+    assert len({one.alone for one in found}) == 3
+    assert [one.runs.split()[1] for one in found] == ["int8", "fp32", "fp32"]
+    assert found[0].service().variables["DERMAFLUX_PRECISION"] == "int8"
+    assert found[2].service().variables["DERMAFLUX_CLASSIFIER_TIER"] == "lossless"
+    assert found[2].words()[-2:] == ["--tier", "lossless"]
+    for wrong in ({"precision": ("int3",)}, {"tier": ("pruned",)}, {"tier": ("fastest",)}):
+        with pytest.raises(EngineError):
+            kinds(settings(bundle=tiny_bundle.path, **wrong), tiny_bundle)
+
+
+def test_what_does_less_work_is_named_lossy() -> None:
+    pruned = Kind(Path("bundle"), None, None, "pruned", "openvino-cpu int8-pruned")
+    assert pruned.lossy
+    assert pruned.goal == "tier pruned (lossy): "
+    assert not PLAIN.lossy
+
+
 def test_rivals_are_left_out_with_a_reason(tmp_path: Path) -> None:
-    families, left_out = contenders(settings())
+    families, left_out = contenders(settings(), [PLAIN])
     assert list(families) == [OURS]
     assert set(left_out) == {"litserve", "fastapi"}
     assert "--checkpoint" in left_out["fastapi"]
     with pytest.raises(BundleError, match=r"classifier/model\.safetensors"):
-        contenders(settings(checkpoint=tmp_path))
+        contenders(settings(checkpoint=tmp_path), [PLAIN])
     lacking = settings(checkpoint=ROOT / "models/mini", rivals_python=tmp_path / "python")
-    families, left_out = contenders(lacking)
+    families, left_out = contenders(lacking, [PLAIN])
     assert list(families) == [OURS]
     assert f"{tmp_path / 'python'} has no litserve" in left_out["litserve"]
 
@@ -189,7 +225,7 @@ def test_the_whole_command_over_sides_of_known_speed(
         "fastapi": [side("fastapi, slow", 0.08), side("fastapi, fast", 0.04)],
     }
     monkeypatch.setattr(
-        http_classify, "contenders", lambda _: (families, {"litserve": "litserve is not here"})
+        http_classify, "contenders", lambda *_: (families, {"litserve": "litserve is not here"})
     )
     out = tmp_path / "out/result.json"
     status = http_classify.main(
@@ -211,7 +247,37 @@ def test_the_whole_command_over_sides_of_known_speed(
     met = {one["goal"]: one["met"] for one in result["goals"]}
     assert met["at 4 callers, times litserve"] is None
     assert result["answers"]["from_reference"][OURS] == 0
+    assert set(result["answers"]["from_in_process"]) == {OURS}
     assert "left out: litserve is not here" in printed.err
+
+
+def test_each_of_ours_is_held_to_the_goals_beside_the_same_rivals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    names = [f"{OURS}, int8", f"{OURS}, fp32"]
+    families = {
+        names[0]: [side(names[0], 0.01)],
+        names[1]: [side(names[1], 0.02)],
+        "fastapi": [side("fastapi", 0.05)],
+    }
+    monkeypatch.setattr(http_classify, "contenders", lambda *_: (families, {}))
+    status = http_classify.main(
+        ["--bundle", str(bundle), "--precision", "int8,fp32", "--rounds", "1", "--callers", "2",
+         "--seconds", "0.6", "--few-seconds", "0", "--open-seconds", "0", "--warm-up", "0.1"]
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    result = json.loads(printed.out.splitlines()[-1])
+    alone = [f"{IN_PROCESS}, int8", f"{IN_PROCESS}, fp32"]
+    assert set(result["sides"]) == {*names, *alone, "fastapi"}
+    assert [result["sides"][name]["precision"] for name in alone] == ["int8", "fp32"]
+    ratios = result["ratios"]
+    assert ratios["int8, times fastapi"]["median"] > ratios["fp32, times fastapi"]["median"] > 1.5
+    goals = [one["goal"] for one in result["goals"]]
+    assert "int8: at 2 callers, times fastapi" in goals
+    assert "fp32: at 2 callers, times fastapi" in goals
+    assert len(goals) == len(set(goals))
 
 
 @pytest.mark.parametrize(

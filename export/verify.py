@@ -82,9 +82,9 @@ def engines(precision: str) -> tuple[str, ...]:
 def open_graph(engine: str, graph: Path, precision: str) -> Engine:
     """Open a graph that no manifest names yet."""
     if engine == OPENVINO:
-        from dermaflux.engines.ov import OpenVinoEngine
+        from dermaflux.engines.ov import opened
 
-        return OpenVinoEngine(graph, precision)
+        return opened(graph, precision)
     from dermaflux.engines.ort import OrtEngine
 
     return OrtEngine(graph, precision)
@@ -185,8 +185,8 @@ def operations(graph: Path, names: Sequence[str]) -> dict[str, dict[str, dict[st
 
 
 def _openvino_operations(graph: Path) -> dict[str, Counter[str]]:
-    from dermaflux.engines.ov import core
     from dermaflux.engines.ov_graph import read
+    from dermaflux.engines.ov_library import core
 
     # The same settings as the engine's: another hint would compile to another precision.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "CACHE_DIR": ""}

@@ -15,8 +15,6 @@ CPU. GPU and NPU have not; their settings are tested with a stand-in for OpenVIN
 from __future__ import annotations
 
 import logging
-import sys
-import threading
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -34,27 +32,16 @@ from dermaflux.engines import (
     Choice,
     usable_cores,
 )
+from dermaflux.engines.ov_denoiser import STEPPING, Denoiser
 from dermaflux.engines.ov_graph import read
+from dermaflux.engines.ov_library import core as core
+from dermaflux.engines.ov_library import openvino
+from dermaflux.engines.ov_rewrite import attentions, joined
+from dermaflux.engines.ov_shapes import MOST_FIXED_BYTES
+from dermaflux.engines.ov_split import split
 from dermaflux.engines.ov_streams import MOST, Streams
 from dermaflux.engines.sizes import shape_of, sizes
 from dermaflux.errors import EngineError, translated
-
-_CONVERTER = "openvino.tools.ovc"
-
-# OpenVINO goes without its model converter where there is none. It is not needed to run a model,
-# and importing it takes a third of the time of all and brings a telemetry client along.
-_absent = _CONVERTER not in sys.modules
-if _absent:
-    sys.modules[_CONVERTER] = None  # type: ignore[assignment]
-try:
-    import openvino
-finally:
-    if _absent:
-        del sys.modules[_CONVERTER]
-
-# The binding makes its table of types at the first question, under a lock of its own and without
-# letting Python's go: two threads that ask first at once wait for each other for ever.
-openvino.Type.f32.to_dtype()
 
 _DEVICES: Final[Mapping[str, str]] = {OPENVINO: "CPU", OPENVINO_GPU: "GPU", OPENVINO_NPU: "NPU"}
 
@@ -62,28 +49,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 log = logging.getLogger(__name__)
 
-_making = threading.Lock()
-_cores: Final[list[Any]] = []
-
 LOW: Final = ("int8", "int8-pruned", "bf16")
 """Precisions of a classifier that a CPU may compute in bf16 what is not in 8 bits."""
 _TOLERANCE: Final = 0.1
 """Share of the largest output by which bf16 may be off where the bundle does not tell: the export's
 bound for bf16 (`export.parity`)."""
-
-
-def core() -> Any:
-    """The process's one `openvino.Core`, which is never let go.
-
-    The plugin of each core gives the thread that first uses it a stack for signals, and takes it
-    away at its own end. Of two cores that end in the order of their making, or of one that ends in
-    another thread, a thread keeps a stack that is no more, and the next signal for which Python has
-    a handler (SIGTERM, Ctrl-C) ends the process with a segmentation fault.
-    """
-    with _making:
-        if not _cores:
-            _cores.append(openvino.Core())
-        return _cores[0]
 
 
 class OpenVinoEngine:
@@ -116,24 +86,10 @@ class OpenVinoEngine:
         self.note = ""
         self._graph = graph
         device = _DEVICES[name]
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            # A compiled cache is a second artifact that can be stale; opening is fast without.
-            "CACHE_DIR": "",
-        }
-        if device == "CPU":
-            settings |= {
-                "NUM_STREAMS": "1",
-                "INFERENCE_NUM_THREADS": str(threads or usable_cores()),
-                # Threads tied to cores wait there for whoever else runs on them: on two busy cores
-                # the same steps took 1.6 times as long, and a third more work for the spinning.
-                "ENABLE_CPU_PINNING": "NO",
-            }
+        settings = told(device, precision, threads)
         with translated(EngineError, f"OpenVINO cannot open {graph}"):
-            # Without it a CPU with bf16 computes everything in bf16, and nobody is told.
             self.computes = computes(device, precision)
             """OpenVINO's name of the numbers it computes in."""
-            settings["INFERENCE_PRECISION_HINT"] = self.computes
             model = read(core(), graph, outputs, device)
             if shapes is not None:
                 model.reshape({key: list(shape) for key, shape in shapes.items()})
@@ -216,6 +172,64 @@ class OpenVinoEngine:
                 raise EngineError(f"input {name} needs {self._inputs[name]}, not {value.dtype}")
 
 
+def told(device: str, precision: str, threads: int | None = None) -> dict[str, str]:
+    """What a device is told when it compiles a file of a precision."""
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        # A compiled cache is a second artifact that can be stale; opening is fast without.
+        "CACHE_DIR": "",
+        # Without it a CPU with bf16 computes everything in bf16, and nobody is told.
+        "INFERENCE_PRECISION_HINT": computes(device, precision),
+    }
+    if device == "CPU":
+        settings |= {
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(threads or usable_cores()),
+            # Threads tied to cores wait there for whoever else runs on them: on two busy cores
+            # the same steps took 1.6 times as long, and a third more work for the spinning.
+            "ENABLE_CPU_PINNING": "NO",
+        }
+    return settings
+
+
+def opened(graph: Path, precision: str, threads: int | None = None) -> OpenVinoEngine | Denoiser:
+    """A graph on the CPU: a Flux transformer with what does not change from step to step taken out
+    of the step (`dermaflux.engines.ov_denoiser`), and any other as it is.
+
+    Raises:
+        EngineError: the file is not a graph that this OpenVINO reads.
+    """
+    with translated(EngineError, f"OpenVINO cannot open {graph}"):
+        model = read(core(), graph)
+        names = {port.get_any_name() for port in model.inputs}
+        found = None
+        if set(STEPPING) <= names:
+            kinds = {
+                port.get_any_name(): port.get_element_type().to_dtype() for port in model.inputs
+            }
+            attentions(model)
+            joined(model)
+            found = split(model)
+    if found is None:
+        return OpenVinoEngine(graph, precision, threads)
+    settings = told("CPU", precision, threads)
+    return Denoiser(
+        graph,
+        OPENVINO,
+        precision,
+        found,
+        kinds,
+        lambda one: core().compile_model(one, "CPU", settings),
+        _bytes(graph) <= MOST_FIXED_BYTES,
+    )
+
+
+def _bytes(graph: Path) -> int:
+    """Of a graph and of the weights beside it."""
+    beside = graph.with_name(f"{graph.name}.data")
+    return graph.stat().st_size + (beside.stat().st_size if beside.exists() else 0)
+
+
 def computes(device: str, precision: str) -> str:
     """What a file of a precision is computed in on a device: `f32` or `f16`.
 
@@ -255,19 +269,21 @@ def load(
     choice: Choice,
     threads: int | None = None,
     outputs: Collection[str] | None = None,
-) -> OpenVinoEngine:
+) -> OpenVinoEngine | Denoiser:
     """The engine of a choice of one of OpenVINO's devices; `outputs` as in `OpenVinoEngine`.
 
     Raises:
         EngineError: see `OpenVinoEngine`.
     """
     part = bundle.parts[choice.part]
+    file = part.files[choice.precision]
+    if choice.part == "transformer" and choice.engine == OPENVINO:
+        return opened(bundle.file(file.path), choice.precision, threads)
     shapes = None
     if choice.engine == OPENVINO_NPU:
         defaults = bundle.defaults
         free = sizes(bundle.model.scale, 1, defaults.height, defaults.width)
         shapes = {tensor.name: shape_of(tensor, free) for tensor in part.inputs}
-    file = part.files[choice.precision]
     bf16 = None
     if choice.part == "classifier" and choice.precision in LOW:
         bf16 = _TOLERANCE if file.parity is None else file.parity.tolerance

@@ -4,11 +4,10 @@ Convolutions keep all channels of a pixel side by side. Two things of a decoder 
 they cost has nothing to do with their arithmetic:
 
 * A group norm reshapes its groups, which OpenVINO can only do with every channel on its own: all
-  values are moved before it, and back after it (a third of the time of the embedded default's
-  decoder). Means over pixels can be taken in place, and the means of a group's channels are a tiny
-  convolution of what is left (`norms`).
-* A picture is doubled by repeating its pixels, and a 3 x 3 convolution then reads each of them up
-  to four times. The two are one transposed convolution with 4 of 9 products (`upsamplings`).
+  values are moved before it, and back after it. Means over pixels can be taken in place, and the
+  means of a group's channels are a tiny convolution of what is left (`norms`).
+* A picture is doubled by repeating its pixels, and a 3 x 3 convolution then multiplies every copy
+  anew. The two are one transposed convolution with 4 of 9 products (`upsamplings`).
 
 Both give the same numbers up to rounding. A model of one size also has better kernels than one of
 any, so the usual size has a model of its own, one picture at a time: what a picture looks like then
@@ -186,14 +185,12 @@ def _upsampling(node: Any) -> bool:
 def doubling(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """Weights [out, in, 3, 3] for a picture of repeated pixels -> those [in, out, 4, 4] of a
     transposed convolution, stride 2 and padding 1, for the picture itself."""
-    # Row t of 4 reaches from row i of the picture to row 2 i + t - 1 of the doubled one, whose
-    # kernel has row k on doubled row 2 i + t + k - 2: that is row i again for 0 and 1.
-    reach = np.zeros((4, 3))
-    for row in range(4):
-        for tap in range(3):
-            reach[row, tap] = row + tap - 2 in (0, 1)
-    summed = np.einsum("oikl,tk,ul->iotu", weights.astype(np.float64), reach, reach)
-    return np.ascontiguousarray(summed, dtype=np.float32)
+    # Row t of 4 takes row i of the picture to row 2 i + t - 1 of the doubled one. There row k of
+    # the kernel lies on row 2 i + t + k - 2, which is row i again where t + k is 2 or 3.
+    for axis in (2, 3):
+        first, second, third = np.split(weights, 3, axis)
+        weights = np.concatenate((third, second + third, first + second, first), axis)
+    return np.ascontiguousarray(weights.swapaxes(0, 1))
 
 
 def _repeats(node: Any) -> bool:

@@ -4,7 +4,8 @@
     python -m dermaflux doctor bundles/mini --golden --json
 
 Findings are `ok`, `note` (worth knowing) or `fail`. Nothing is loaded unless `--golden` asks for
-the golden image, so a report on 24 GB takes as long as reading them, for their hashes.
+the golden image, so a report on 24 GB takes as long as reading them, for their hashes. `--golden`
+also opens the classifier, whose engine may have something to say (`dermaflux.engines.notes`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any, Final
 
 from dermaflux import __version__, memory, tiers
 from dermaflux.bundle import GENERATOR_PARTS, Bundle, Data, sha256
-from dermaflux.engines import ENGINES, Choice, choose, usable_cores
+from dermaflux.engines import ENGINES, Choice, choose, load, usable_cores
+from dermaflux.engines.notes import note_of
 from dermaflux.errors import BundleError, DermaFluxError, EngineError
 from dermaflux.hardware import Machine, look
 from dermaflux.memory import gigabytes
@@ -102,6 +104,8 @@ def examine(
     found += _licences(bundle)
     found += _parity(bundle, choices)
     found.append(_golden(bundle, engine, precision, tier) if golden else _stored(bundle))
+    if golden and "classifier" in choices:
+        found += _classifier(bundle, choices["classifier"])
     report = tuple(found)
     return Report(str(path), bundle.id, versions, machine, tuple(choices.values()), groups, report)
 
@@ -272,6 +276,15 @@ def _parity(bundle: Bundle, choices: Mapping[str, Choice]) -> list[Finding]:
             f"PSNR median {image.psnr_median_db} dB, worst {image.psnr_worst_db} dB",
         )
     ]
+
+
+def _classifier(bundle: Bundle, choice: Choice) -> list[Finding]:
+    """What its engine says of how it was opened, or why it cannot be."""
+    try:
+        note = note_of(load(bundle, choice, outputs=("logits", "features")))
+    except EngineError as error:
+        return [Finding("classifier", FAIL, str(error))]
+    return [Finding("classifier", NOTE, note)] if note else []
 
 
 def _stored(bundle: Bundle) -> Finding:

@@ -127,7 +127,7 @@ def create_app(
     # It names folders: where strangers are let in without a key, nobody is told.
     if bundle is not None and (keyed or not settings.open):
         doctor = Doctor(lambda: report(settings, bundle, core=False))
-    standing = Standing(card, drawing, readiness, doctor)
+    standing = Standing(card, drawing, readiness, doctor, scores)
     whom = {path: who for path, (_, who) in ROUTES.items()}
     if settings.metrics_open:
         whom[METRICS_PATH] = "anybody"

@@ -78,6 +78,11 @@ class EngineCard(BaseModel):
     precision: str
     reason: str
     rejected: list[RejectedEngine]
+    note: str = Field(
+        default="",
+        description="What it says of how it was opened, such as that what is not in 8 bits is in "
+        "bf16; empty where nothing.",
+    )
 
 
 class GoldenCard(BaseModel):

@@ -89,11 +89,15 @@ class Remote:
         self._waiting: deque[_Asked] = deque()
         self._calls: set[_Call] = set()
         self._batch = BATCH
+        self._note = ""
         self._trouble: Trouble | None = Trouble("The classifier is being loaded.")
         self._gone = asyncio.Event()
 
     def trouble(self) -> Trouble | None:
         return self._trouble
+
+    def note(self) -> str:
+        return self._note
 
     async def follow(self) -> None:
         """Keep to what the other process says of itself, for as long as both live.
@@ -195,8 +199,9 @@ class Remote:
     def _told(self, text: str) -> None:
         """The last of the lines that came together is how it stands."""
         line = text.splitlines()[-1]
-        word, _, batch = line.partition(" ")
+        word, _, more = line.partition(" ")
         if word == READY:
+            batch, _, self._note = more.partition(" ")
             self._trouble = None
             self._batch = int(batch) if batch.isdecimal() else BATCH
             # A new event, since those who waited for the last one may not all have seen it yet.

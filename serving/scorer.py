@@ -109,8 +109,8 @@ class Scorer:
 
     @bentoml.api  # type: ignore[untyped-decorator]
     async def life(self) -> AsyncGenerator[str, None]:
-        """A line whenever it stands otherwise: loading, ready, or why it cannot be used; then
-        nothing, for as long as this process lives."""
+        """A line whenever it stands otherwise: loading, ready with its batch and the engine's note,
+        or why it cannot be used; then nothing, for as long as this process lives."""
         with self._followers:
             yield LOADING + "\n"
             opening = asyncio.wrap_future(self.opening)
@@ -118,7 +118,8 @@ class Scorer:
             opening.exception()  # told below; asyncio would log that nobody asked for it
             trouble = trouble_of(self.opening)
             if trouble is None:
-                yield f"{READY} {opening.result().batch}\n"
+                scoring = opening.result()
+                yield f"{READY} {scoring.batch} {scoring.note}".rstrip() + "\n"
             else:
                 yield " ".join(trouble.words.splitlines()) + "\n"
             await self._over.wait()

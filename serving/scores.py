@@ -51,6 +51,9 @@ class Scores(Protocol):
     def trouble(self) -> Trouble | None:
         """Why none can be had now; None where one can."""
 
+    def note(self) -> str:
+        """What its engine says of how it was opened; empty where nothing, or not yet."""
+
     async def score(self, photograph: Photograph) -> Result:
         """The result of one photograph; batches are made behind this.
 
@@ -68,6 +71,9 @@ class Local:
 
     def trouble(self) -> Trouble | None:
         return trouble_of(self._opening)
+
+    def note(self) -> str:
+        return self._opening.result().note if self.trouble() is None else ""
 
     async def score(self, photograph: Photograph) -> Result:
         trouble = self.trouble()

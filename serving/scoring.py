@@ -24,6 +24,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from dermaflux.classifier import Classifier, Judged, Prepared
+from dermaflux.engines.notes import note_of
 from dermaflux.errors import ImageError
 from dermaflux.hardware import usable_cores
 from dermaflux.images import decode_upload
@@ -99,6 +100,8 @@ class Scoring:
     def __init__(self, classifier: Classifier, batch: int = BATCH) -> None:
         self.classifier = classifier
         self.batch = batch
+        self.note = note_of(classifier.engine)
+        """What the engine says of how it was opened; empty where it says nothing."""
         self._turn = threading.Lock()
         self._readers = ThreadPoolExecutor(min(READERS, usable_cores()), "read_image")
 

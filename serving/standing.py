@@ -17,6 +17,7 @@ from serving.card import BatchCard, DoctorCard, ModelCard, QueueCard
 from serving.doctor.report import Report
 from serving.drawing import Drawing
 from serving.readiness import Readiness
+from serving.scores import Scores
 
 _NOT_KEPT = {"Cache-Control": "no-store"}
 
@@ -56,8 +57,14 @@ class Standing:
     """The two routes over a card and what changes of it; `doctor` is for admins."""
 
     def __init__(
-        self, card: ModelCard, drawing: Drawing, readiness: Readiness, doctor: Doctor | None = None
+        self,
+        card: ModelCard,
+        drawing: Drawing,
+        readiness: Readiness,
+        doctor: Doctor | None = None,
+        scores: Scores | None = None,
     ) -> None:
+        self._scores = scores
         self._doctor = doctor
         self._card = card
         self._drawing = drawing
@@ -76,6 +83,10 @@ class Standing:
         if caller.may("admin") and self._doctor is not None:
             news["doctor"] = await self._doctor.card()
         told = self._card.model_copy(update=news).model_dump()
+        note = "" if self._scores is None else self._scores.note()
+        for engine in told["engines"]:
+            if engine["part"] == "classifier":
+                engine["note"] = note
         if not caller.may("admin"):
             for engine in told["engines"]:
                 engine["rejected"] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from dermaflux import doctor, golden
 from dermaflux.__main__ import main
 from dermaflux.bundle import Bundle, Data, sha256
 from dermaflux.doctor import examine
-from dermaflux.errors import BundleError
+from dermaflux.engines import fake
+from dermaflux.errors import BundleError, EngineError
 from dermaflux.hardware import Machine, Memory
 from dermaflux.pipeline import Pipeline
 from tests.tiny_bundle import write_bundle
@@ -121,6 +122,32 @@ def test_the_golden_image_is_made_again(folder):
     odd = replace(bundle.golden, request={"prompt": "x", "sampler": "ddim"})
     with pytest.raises(BundleError, match="cannot be made again"):
         golden.check(replace(bundle, golden=odd), pipeline)
+
+
+@dataclass(frozen=True)
+class Noted(fake.Fake):
+    note: str = "what is not in 8 bits is in bf16"
+
+
+def test_what_the_classifiers_engine_says_is_told_where_engines_are_opened(folder, monkeypatch):
+    with_golden(folder)
+
+    def say(words: str) -> list[tuple[str, str]]:
+        monkeypatch.setattr(doctor, "load", lambda *_, **__: Noted(dict, note=words))
+        return about(examine(folder, ENGINE, "fp32", golden=True, machine=HERE), "classifier")[1:]
+
+    assert say("in bf16") == [("note", "in bf16")]
+    assert say("") == []
+    shut = examine(folder, ENGINE, "fp32", machine=HERE)
+    assert len(about(shut, "classifier")) == 1
+
+    def broken(*_, **__):
+        raise EngineError("no graph of mine")
+
+    monkeypatch.setattr(doctor, "load", broken)
+    report = examine(folder, ENGINE, "fp32", golden=True, machine=HERE)
+    assert ("fail", "no graph of mine") in about(report, "classifier")
+    assert not report.healthy
 
 
 def test_the_golden_image_is_about_engines_and_not_about_steps_that_are_forecast(

@@ -155,8 +155,10 @@ def tiny_card(settings: Settings, *, classifies: bool = True) -> ModelCard:
         provenance={"licence": "Apache-2.0"},
         licences=(Licence("images", "CC0-1.0", "nobody"),),
     )
-    choice = Choice("transformer", "fake", "fp32", "a test", (("other", "not here"),))
-    return card_of(bundle, [choice], settings)
+    parts = ("transformer", "classifier") if classifies else ("transformer",)
+    other = (("other", "not here"),)
+    choices = [Choice(part, "fake", "fp32", "a test", other) for part in parts]
+    return card_of(bundle, choices, settings)
 
 
 @dataclass(frozen=True)

@@ -309,7 +309,7 @@ def test_what_is_no_form_of_files_is_refused(
 
 
 class Away:
-    """A classifier that is not there, or never answers."""
+    """A classifier that is not there, or never answers; its engine has something to say."""
 
     def __init__(self, trouble: Trouble | None = None) -> None:
         self.told = trouble
@@ -318,6 +318,9 @@ class Away:
     def trouble(self) -> Trouble | None:
         return self.told
 
+    def note(self) -> str:
+        return "in bf16, as it were"
+
     async def score(self, photograph: Photograph) -> Result:
         self.asked += 1
         try:
@@ -325,6 +328,14 @@ class Away:
         finally:
             self.left += 1
         raise AssertionError
+
+
+def test_the_card_says_what_the_classifiers_engine_says() -> None:
+    with running(scores=Away()) as live:
+        engines = live.client.get("/v1/model").json()["engines"]
+    assert {one["part"]: one["note"] for one in engines} == {
+        "transformer": "", "classifier": "in bf16, as it were"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("passes", [True, False])

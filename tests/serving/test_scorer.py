@@ -228,6 +228,37 @@ def test_the_other_process_is_followed_through_its_lives(monkeypatch: pytest.Mon
     asyncio.run(lives())
 
 
+def test_what_the_engine_says_comes_with_its_being_ready() -> None:
+    async def told() -> None:
+        process = Process()
+        remote = Remote(process, (Lost,))
+        following = asyncio.create_task(remote.follow())
+        await turns()
+        assert remote.note() == ""
+        for line, note in (("ready 4 in bf16, 1e-03 off\n", "in bf16, 1e-03 off"),
+                           ("ready 4\n", "")):  # fmt: skip
+            process.lines.put_nowait(line)
+            await turns()
+            assert (remote.note(), remote.trouble()) == (note, None)
+        following.cancel()
+
+    asyncio.run(told())
+
+
+@dataclass(frozen=True)
+class Noted(fake.Fake):
+    note: str = "in bf16"
+
+
+def test_a_classifier_of_this_process_says_it_once_it_is_open() -> None:
+    opening: Future[Scoring] = Future()
+    local = Local(opening)
+    assert local.note() == ""
+    opening.set_result(Scoring(Classifier(SPEC, Noted(redness))))
+    assert local.note() == "in bf16"
+    assert scoring().note == ""
+
+
 def test_who_comes_meanwhile_goes_together_and_nobody_waits_for_a_batch_to_fill() -> None:
     """A full batch goes beside the one that is scored, and what is less waits for its end."""
 

@@ -30,5 +30,18 @@ def decode(engine: Engine, model: ModelSpec, latents: Floats) -> list[Pixels]:
         raise EngineError(
             f"the decoder on {engine.name} gave numbers that are not finite; try another precision"
         )
-    shares = np.clip(sample * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
-    return list((shares * 255).round().astype(np.uint8))
+    return [_pixels(one) for one in sample]
+
+
+def _pixels(sample: Floats) -> Pixels:
+    """One picture [3, height, width] of -1 to 1. What it passes through stays in a cache: it is
+    overwritten at every stage, and turned a colour at a time."""
+    values = sample * np.float32(0.5)
+    values += np.float32(0.5)
+    np.clip(values, 0, 1, out=values)
+    values *= np.float32(255)
+    np.rint(values, out=values)
+    pixels = np.empty((*values.shape[1:], len(values)), np.uint8)
+    for colour, plane in enumerate(values):
+        pixels[..., colour] = plane
+    return pixels

@@ -36,6 +36,7 @@ from serving.settings import SettingError, Settings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
+    from starlette.middleware import Middleware
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 EXPORTER: Final = "opentelemetry.exporter.otlp.proto.http"
@@ -67,11 +68,18 @@ class Configured(Service[Any]):  # type: ignore[misc]
             logs.configure(settings.log)
 
     def to_asgi(self, is_main: bool = True) -> ASGIApp:
-        """BentoML's app, whose traces hold no query and no header of a caller."""
+        """BentoML's app, whose traces hold no query and no header of a caller.
+
+        BentoML records a trace of every request, also where nobody is told of it; here only where
+        somebody is. Nothing of ours reads it: requests have ids of their own (`serving.logs`).
+        """
         app: Starlette = super().to_asgi(is_main)
-        for middleware in app.user_middleware:
-            if getattr(middleware.cls, "__name__", "") == "OpenTelemetryMiddleware":
+        tracing = [one for one in app.user_middleware if _traces(one)]
+        for middleware in tracing:
+            if _told_to_somebody():
                 middleware.cls = discreet(middleware.cls)
+            else:
+                app.user_middleware.remove(middleware)
         return app
 
 
@@ -185,6 +193,17 @@ def _give_clients_their_time() -> None:
     from uvicorn.config import HTTP_PROTOCOLS
 
     HTTP_PROTOCOLS["auto"] = "serving.connections:Connection"
+
+
+def _traces(middleware: Middleware) -> bool:
+    return getattr(middleware.cls, "__name__", "") == "OpenTelemetryMiddleware"
+
+
+def _told_to_somebody() -> bool:
+    """Whether traces are sent: by our settings, or by a configuration of BentoML's own."""
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    return BentoMLContainer.tracing.exporter_type.get() is not None
 
 
 def _started_by_bentoml() -> bool:

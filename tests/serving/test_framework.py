@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -20,7 +21,10 @@ from typing import Any
 
 import psutil
 import pytest
+from bentoml._internal.configuration.containers import BentoMLContainer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 
 from serving import framework, tls
 from serving.app import SECURITY_HEADERS
@@ -322,6 +326,32 @@ def test_traces_want_an_address_and_what_sends_them(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(framework, "EXPORTER", "opentelemetry.exporter.nowhere.proto")
     with pytest.raises(SettingError, match="pip install opentelemetry-exporter-otlp-proto-http"):
         framework.configuration(Settings(otel_endpoint="http://collector:4318/v1/traces"), None)
+
+
+@pytest.mark.parametrize("exporter", [None, "otlp", "zipkin"])
+def test_nothing_is_traced_that_nobody_is_told(
+    monkeypatch: pytest.MonkeyPatch, exporter: str | None
+) -> None:
+    """BentoML's own configuration may name somebody too."""
+
+    class OpenTelemetryMiddleware:
+        pass
+
+    class Others:
+        pass
+
+    before = BentoMLContainer.config.get()
+    app = Starlette(middleware=[Middleware(Others), Middleware(OpenTelemetryMiddleware)])  # type: ignore[arg-type]
+    monkeypatch.setattr(framework.Service, "to_asgi", lambda *_: app)
+    config = deepcopy(before)
+    config["tracing"]["exporter_type"] = exporter
+    BentoMLContainer.config.set(config)
+    try:
+        found: Any = framework.Configured.to_asgi(object.__new__(framework.Configured))
+    finally:
+        BentoMLContainer.config.set(before)
+    assert found.user_middleware[0].cls is Others
+    assert len(found.user_middleware) == (1 if exporter is None else 2)
 
 
 def test_other_programs_decide_where_they_listen() -> None:

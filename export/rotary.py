@@ -28,9 +28,10 @@ _TURN: Final = [0, 2, 1, 3]
 
 @dataclass(frozen=True)
 class _Sorted:
-    """A tensor whose last axis holds heads of `size` channels each."""
+    """A node's input whose last axis holds heads of `size` channels each."""
 
-    value: onnx_ir.Value
+    node: onnx_ir.Node
+    index: int
     size: int
 
 
@@ -41,14 +42,14 @@ def halves(model: onnx_ir.Model) -> int:
     for attention in [node for node in model.graph if node.op_type == "Attention"]:
         rotations = [_rotation(value) for value in attention.inputs[:2]]
         found = [_layers(node) if node is not None else None for node in rotations]
-        if any(tensors is None for tensors in found):
+        if any(places is None for places in found):
             continue
-        for node, tensors in zip(rotations, found, strict=True):
+        for node, places in zip(rotations, found, strict=True):
             assert node is not None
-            assert tensors is not None
+            assert places is not None
             node.attributes["interleaved"] = onnx_ir.AttrInt64("interleaved", 0)
-            for tensor in tensors:
-                _sort(tensor)
+            for place in places:
+                _sort(place)
         count += 1
     return count
 
@@ -66,7 +67,7 @@ def _rotation(value: onnx_ir.Value | None) -> onnx_ir.Node | None:
 
 
 def _layers(rotation: onnx_ir.Node) -> list[_Sorted] | None:
-    """All tensors that a rotation's channels come from; None where any is not a layer's own."""
+    """All weights that a rotation's channels come from; None where there is anything else."""
     turned = _maker(rotation.inputs[0], "Transpose")
     if turned is None or list(turned.attributes["perm"].as_ints()) != _TURN:
         return None
@@ -75,33 +76,31 @@ def _layers(rotation: onnx_ir.Node) -> list[_Sorted] | None:
     found: list[_Sorted] = []
     for value in made:
         norm = _maker(value, "RMSNormalization")
-        scale = norm.inputs[1] if norm is not None else None
-        if norm is None or scale is None or not _own(scale):
-            return None
-        size = int(scale.shape[0])  # type: ignore[index,arg-type]
-        parted = _maker(norm.inputs[0], "Reshape")
+        parted = _maker(norm.inputs[0], "Reshape") if norm is not None else None
         bias = _maker(parted.inputs[0], "Add") if parted is not None else None
         product = _maker(bias.inputs[0], "MatMul") if bias is not None else None
-        tensors = [scale, *(node.inputs[1] for node in (bias, product) if node is not None)]
-        if product is None or not all(_own(tensor) for tensor in tensors):
+        nodes = [node for node in (norm, bias, product) if node is not None]
+        weights = [node.inputs[1] for node in nodes]
+        if len(nodes) < 3 or any(w is None or w.const_value is None for w in weights):
             return None
-        found += [_Sorted(tensor, size) for tensor in tensors if tensor is not None]
+        assert weights[0] is not None
+        size = int(weights[0].shape[0])  # type: ignore[index,arg-type]
+        found += [_Sorted(node, 1, size) for node in nodes]
     return found
 
 
 def _maker(value: onnx_ir.Value | None, kind: str) -> onnx_ir.Node | None:
+    """The node of a kind that makes a value, for one reader alone."""
     node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == kind else None
+    fits = node is not None and node.op_type == kind and len(node.outputs[0].uses()) == 1
+    return node if fits else None
 
 
-def _own(value: onnx_ir.Value | None) -> bool:
-    """Whether a value is a weight that one node alone reads."""
-    return value is not None and value.const_value is not None and len(value.uses()) == 1
-
-
-def _sort(tensor: _Sorted) -> None:
+def _sort(place: _Sorted) -> None:
     """Even channels of each head first, then odd ones."""
-    whole, size = tensor.value.const_value, tensor.size
+    value, size = place.node.inputs[place.index], place.size
+    assert value is not None
+    whole = value.const_value
     assert whole is not None
 
     def read() -> Numbers:
@@ -112,4 +111,18 @@ def _sort(tensor: _Sorted) -> None:
         sorted_ = np.swapaxes(paired, -1, -2).reshape(plain.shape)
         return np.ascontiguousarray(sorted_).view(numbers.dtype)
 
-    tensor.value.const_value = lazy(str(tensor.value.name), whole.dtype, whole.shape, read)
+    if len(value.uses()) == 1:
+        value.const_value = lazy(str(value.name), whole.dtype, whole.shape, read)
+        return
+    # Equal weights of several layers are one to the exporter, and the others may stay as they are.
+    name = f"{value.name}.{place.node.name}"
+    own = onnx_ir.Value(
+        name=name,
+        shape=onnx_ir.Shape(whole.shape),  # type: ignore[arg-type]
+        type=onnx_ir.TensorType(whole.dtype),
+        const_value=lazy(name, whole.dtype, whole.shape, read),
+    )
+    graph = place.node.graph
+    assert isinstance(graph, onnx_ir.Graph)
+    graph.register_initializer(own)
+    place.node.replace_input_with(place.index, own)

@@ -277,13 +277,15 @@ def load(
     """
     part = bundle.parts[choice.part]
     file = part.files[choice.precision]
+    defaults = bundle.defaults
+    free = sizes(bundle.model.scale, 1, defaults.height, defaults.width)
+    usual = {tensor.name: shape_of(tensor, free) for tensor in part.inputs}
     if choice.part == "transformer" and choice.engine == OPENVINO:
-        return opened(bundle.file(file.path), choice.precision, threads)
-    shapes = None
-    if choice.engine == OPENVINO_NPU:
-        defaults = bundle.defaults
-        free = sizes(bundle.model.scale, 1, defaults.height, defaults.width)
-        shapes = {tensor.name: shape_of(tensor, free) for tensor in part.inputs}
+        made = opened(bundle.file(file.path), choice.precision, threads)
+        if isinstance(made, Denoiser):
+            made.prepare(usual)
+        return made
+    shapes = usual if choice.engine == OPENVINO_NPU else None
     bf16 = None
     if choice.part == "classifier" and choice.precision in LOW:
         bf16 = _TOLERANCE if file.parity is None else file.parity.tolerance

@@ -86,6 +86,12 @@ class Denoiser:
             for model in part.compiled()
         )
 
+    def prepare(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compile for inputs of these shapes before anybody waits for it, by a step over nought;
+        nothing where graphs are compiled for all shapes, and a step may take long."""
+        if self._fixed:
+            self.run({name: np.zeros(shapes[name], kind) for name, kind in self._inputs.items()})
+
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """See `Engine.run`."""
         self._check(inputs)
@@ -99,7 +105,10 @@ class Denoiser:
         missing = [name for name in self._inputs if name not in (*constant, *STEPPING)]
         if missing:
             raise EngineError(f"{self._graph} takes the input {missing[0]} too")
-        batch = len(constant["pooled_projections"])
+        counts = {len(v) for name, v in constant.items() if name not in _OF_ALL}
+        if len(counts) != 1:
+            raise EngineError(f"inputs of {sorted(counts)} items cannot run together")
+        (batch,) = counts
         with translated(EngineError, f"OpenVINO cannot run {self._graph}"):
             taken = [self._piece(constant, timesteps, rows) for rows in self._cut(batch)]
         pieces = [piece for piece, _ in taken]

@@ -54,8 +54,7 @@ def _spelled(node: Any) -> bool:
     # A mask may be one nought for all, which changes nothing; a factor of its own comes after it.
     if len(others) > 1 or not all(_nought(other) for other in others):
         return False
-    kind = query.get_element_type().to_dtype()
-    factor = opset13.constant(np.array(1 / math.sqrt(size.get_length()), kind))
+    factor = opset13.constant(1 / math.sqrt(size.get_length()), query.get_element_type())
     scores = opset13.multiply(opset13.matmul(query, key, False, True), factor)
     mixed = opset13.matmul(opset13.softmax(scores, -1), value, False, False)
     mixed.set_friendly_name(node.get_friendly_name())
@@ -115,21 +114,24 @@ def _by_channel(node: Any) -> bool:
 
 
 def _constant(node: Any, index: int) -> Any | None:
+    """An input's numbers, where they are constant and of a type that numpy has."""
     source = node.input_value(index).get_node()
-    return source.get_data() if source.get_type_name() == "Constant" else None
+    known = source.get_output_element_type(0) in (openvino.Type.f32, openvino.Type.f16)
+    return source.get_data() if source.get_type_name() == "Constant" and known else None
 
 
 def _again(node: Any, value: Any, channels: slice) -> Any:
     """The same node over some of the channels."""
     kind = node.get_type_name()
     if kind == "Convert":
-        return opset13.convert(value, node.get_output_element_type(0).to_dtype()).output(0)
+        return opset13.convert(value, node.get_output_element_type(0)).output(0)
     if kind == "Multiply":
         factor = _constant(node, 1)
         assert factor is not None
         if factor.size > 1:
             factor = np.ascontiguousarray(factor[..., channels])
-        return opset13.multiply(value, opset13.constant(factor)).output(0)
+        made = opset13.constant(factor, node.get_output_element_type(0))
+        return opset13.multiply(value, made).output(0)
     bounds = [opset13.constant(_constant(node, index)) for index in _BOUNDS]
     return opset13.fake_quantize(value, *bounds, node.get_attributes()["levels"]).output(0)
 

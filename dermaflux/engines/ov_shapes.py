@@ -51,12 +51,16 @@ class Shaped:
     `MOST` last used are kept. Safe to use from several threads."""
 
     def __init__(self, model: Any, compiled: Callable[[Any], Any], fixed: bool) -> None:
-        self._model = model
         self._compiled = compiled
         self._fixed = fixed
         self.inputs = tuple(port.get_any_name() for port in model.inputs)
         self._slots: OrderedDict[tuple[tuple[int, ...], ...], Slot] = OrderedDict()
         self._making = Lock()
+        self._model = model
+        if not fixed:
+            # At once, for a model that is kept besides would hold a large one's weights twice.
+            self._slots[()] = Slot(compiled(model))
+            self._model = None
 
     def slot(self, shapes: Shapes) -> Slot:
         """What is compiled for these shapes of the inputs, made now where there is none."""
@@ -65,8 +69,7 @@ class Shaped:
         with self._making:
             slot = self._slots.get(key)
             if slot is None:
-                if self._fixed:
-                    self._model.reshape({name: list(shapes[name]) for name in self.inputs})
+                self._model.reshape({name: list(shapes[name]) for name in self.inputs})
                 slot = self._slots[key] = Slot(self._compiled(self._model))
                 if len(self._slots) > MOST:
                     self._slots.popitem(last=False)

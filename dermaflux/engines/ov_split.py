@@ -156,9 +156,10 @@ def _lead(
     value: Any, needs: dict[str, frozenset[str]], inputs: Collection[str], instead: Any
 ) -> None:
     """Have everybody beyond the cut read another value."""
-    kind = value.get_element_type().to_dtype()
+    kind = value.get_element_type()
     source = instead
-    if kind != np.float32:
+    # By OpenVINO's name: numpy has none for bf16.
+    if kind != openvino.Type.f32:
         source = opset13.convert(instead, kind).output(0)
     for user in value.get_target_inputs():
         # Nodes of this function's own making are not known, and stay where they are.

@@ -77,7 +77,7 @@ def measure(pixels: Pixels) -> Quality:
     return Quality(
         light=float(light),
         shade=float(shade),
-        clipped=float((pixels.max(-1) >= 250).mean()),
+        clipped=float((pixels >= 250).any(-1).mean()),
         contrast=float(grey.std()),
         # Of a picture without any edge the logarithm would be minus infinity.
         sharpness=float(np.log(laplacian.std() + 0.01)),

@@ -22,6 +22,18 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def test_pixels_become_shares_less_the_mean_over_the_deviation_to_the_bit(tiny_bundle):
+    spec = replace(tiny_bundle.classifier, crop_pct=1.0)
+    _, height, width = spec.input_size
+    image = picture(width, height)
+    shares = np.asarray(image, np.float32) / np.float32(255)
+    expected = (shares - np.array(spec.mean, np.float32)) / np.array(spec.std, np.float32)
+    found = preprocess(image, spec)
+    assert np.array_equal(found, expected.transpose(2, 0, 1))
+    assert found.dtype == np.float32
+    assert found.flags.c_contiguous
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("interpolation", "crop", "target"),

@@ -92,6 +92,47 @@ def test_numbers_beyond_all_that_was_seen_go_on_growing():
     assert found.tolist() == [[2, 2], [4, 2.5], [-6, -3]]
 
 
+@pytest.mark.parametrize("count", [1, 2, 33])
+def test_each_number_is_placed_as_numpy_does_it_column_by_column(count):
+    random = np.random.default_rng(count)
+    width = 7
+    knots = np.sort(random.integers(-20, 20, (count, width)), axis=0).astype(
+        np.float32
+    )  # some alike
+    scores = np.sort(random.standard_normal(count)).astype(np.float32)
+    spread = np.full(width, 0.5, np.float32)
+    density = replace(one_gaussian(width), scores=scores, knots=knots, spread=spread)
+    # More than are compared at once; on knots, between them and beyond them.
+    vectors = random.integers(-50, 50, (150, width)).astype(np.float32) / 2
+    expected = np.empty(vectors.shape)
+    for column in range(width):
+        values, own = vectors[:, column].astype(np.float64), knots[:, column].astype(np.float64)
+        beyond = np.maximum(values - own[-1], 0) - np.maximum(own[0] - values, 0)
+        expected[:, column] = np.interp(values, own, scores) + beyond / 0.5
+    np.testing.assert_allclose(density.normal(vectors), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_a_mixture_is_the_sum_of_its_components():
+    random = np.random.default_rng(0)
+    one = one_gaussian(3)
+    width = len(one.axes)
+    factors = np.triu(random.uniform(0.5, 2, (2, width, width))).astype(np.float32)
+    means = random.standard_normal((2, width)).astype(np.float32)
+    weights = np.log(np.array([0.3, 0.7], np.float32))
+    both = replace(one, weights=weights, means=means, factors=factors)
+    vectors = random.standard_normal((5, 3)).astype(np.float32)
+    apart = [
+        replace(one, weights=weights[n : n + 1], means=means[n : n + 1], factors=factors[n : n + 1])
+        for n in range(2)
+    ]
+    logs = [density.score_all(vectors) for density in apart]
+    assert both.score_all(vectors) == pytest.approx(np.logaddexp(*logs))
+    # Of the first by its formula: log w + log det F - d/2 log 2 pi - |(x - m) F|^2 / 2.
+    away = (both.places(vectors) - means[0]) @ factors[0]
+    volume = np.log(np.diag(factors[0])).sum() - width / 2 * np.log(2 * np.pi)
+    assert logs[0] == pytest.approx(weights[0] + volume - (away**2).sum(1) / 2, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -165,8 +165,10 @@ def _upsampling(node: Any) -> bool:
     from openvino import opset13
 
     repeat = node.input_value(0).get_node()
+    if not _repeats(repeat):
+        return False
     weights = _numbers(node.input_value(1))
-    if weights is None or weights.shape[2:] != (3, 3) or not _repeats(repeat):
+    if weights is None or weights.shape[2:] != (3, 3):
         return False
     has = node.get_attributes()
     if has["auto_pad"] != "explicit" or not all(

@@ -140,7 +140,7 @@ def _norm(node: Any) -> bool:
         return False
     groups = node.get_attributes()["num_groups"]
     share = len(scale) // groups
-    weights = np.full((groups, share, share, 1, 1), 1 / share, dtype=np.float32)
+    weights = opset13.constant(np.full((groups, share, share, 1, 1), 1 / share, np.float32))
 
     def mean(of: Any) -> Any:
         pixels = opset13.reduce_mean(of, np.array(_PIXELS), keep_dims=True)
@@ -178,8 +178,10 @@ def _upsampling(node: Any) -> bool:
     value = repeat.input_value(0)
     if not _pictures(value, weights.shape[1]):
         return False
+    # As a node: of numbers OpenVINO's Python would make a list first.
+    kernel = opset13.constant(doubling(weights))
     made = opset13.convolution_backprop_data(
-        value, doubling(weights), (2, 2), None, _ONE, _ONE, _ONE, "explicit"
+        value, kernel, (2, 2), None, _ONE, _ONE, _ONE, "explicit"
     )
     made.set_friendly_name(node.get_friendly_name())
     node.output(0).replace(made.output(0))

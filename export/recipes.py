@@ -12,8 +12,9 @@ What the lists rest on:
   `python -m export.quantize --sensitivity`).
 * No block is kept high: the costliest, the last, makes half of the error of all for a ninth of the
   weights.
-* The VAE stays high: it runs once an image, and in int8 its ends would put the picture 5 % off and
-  its last blocks 1 to 2 %.
+* Of the decoder only what adds to a sum is in int8: both convolutions of each residual block, 83 %
+  of its weights, together 0.8 % off. What everything passes through stays high: its ends would
+  put the picture 5 % off alone, shortcuts and doublings 1 to 2 %.
 * FP8 has one scale per tensor: TensorRT builds a graph with one per channel and then computes it in
   high precision. A floating-point type loses next to nothing by it. int8 has one per channel.
 * FP8 is for matrix products; convolutions stay in fp16 there. No engine compared here computes them
@@ -144,6 +145,9 @@ _SMOOTH: Final = 0.5
 """SmoothQuant's own alpha (Xiao et al., arXiv 2211.10438). On the embedded default, eight prompts:
 52.5 dB in the median and 50.3 at worst, where it is 44.7 and 41.3 without."""
 _T5_FP16: Final = Recipe(rest="float16", low=("MatMul",), high=("*.wo",))
+_VAE_INT8: Final = Recipe(
+    kind="int8", layers=("*.resnets.*.conv1", "*.resnets.*.conv2"), per_channel=True
+)
 _VAE_FP16: Final = Recipe(rest="float16", low=("Conv",), high=("decoder.conv_out",))
 
 _CLASSIFIER_INT8: Final = Recipe(
@@ -179,6 +183,7 @@ RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
             per_channel=True,
             smooth=_SMOOTH,
         ),
+        "vae_decoder": _VAE_INT8,
         "classifier": _CLASSIFIER_INT8,
     },
     PRUNED: {"classifier": _CLASSIFIER_INT8},

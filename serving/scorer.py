@@ -49,9 +49,9 @@ ENVIRONMENT = [
     {"name": "MALLOC_TRIM_THRESHOLD_", "value": str(2**24)},
 ]
 """Bytes from which glibc maps blocks one by one. Left alone it keeps up to 32 MB of each freed
-picture in a heap that falls to pieces: 1.4 GB after some of 38 million pixels, 0.3 GB with this. The
-usual photographs of a million pixels at most stay in the heap, and so does what is free at its end:
-given back after each, it is taken anew for the next, page by page."""
+picture in a heap that falls to pieces: 1.4 GB after some of 38 million pixels, 0.3 GB with this.
+Usual photographs, of a million pixels at most, are read in the heap, whose free end is kept: given
+back after each of them, it is taken anew for the next, page by page."""
 PICKLE = "application/vnd.bentoml+pickle"
 """What BentoML's processes say to each other. Said here, since where nothing is said BentoML makes
 the JSON schema of the results anew for every reply, to read from it what they are."""

@@ -277,15 +277,12 @@ def load(
     """
     part = bundle.parts[choice.part]
     file = part.files[choice.precision]
-    defaults = bundle.defaults
-    free = sizes(bundle.model.scale, 1, defaults.height, defaults.width)
-    usual = {tensor.name: shape_of(tensor, free) for tensor in part.inputs}
     if choice.part == "transformer" and choice.engine == OPENVINO:
         made = opened(bundle.file(file.path), choice.precision, threads)
         if isinstance(made, Denoiser):
-            made.prepare(usual)
+            made.prepare(_usual(bundle, choice.part))
         return made
-    shapes = usual if choice.engine == OPENVINO_NPU else None
+    shapes = _usual(bundle, choice.part) if choice.engine == OPENVINO_NPU else None
     bf16 = None
     if choice.part == "classifier" and choice.precision in LOW:
         bf16 = _TOLERANCE if file.parity is None else file.parity.tolerance
@@ -299,3 +296,10 @@ def load(
         bf16=bf16,
         batches=choice.part == "classifier",
     )
+
+
+def _usual(bundle: Bundle, part: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a part's inputs for one picture of the bundle's usual size."""
+    defaults = bundle.defaults
+    free = sizes(bundle.model.scale, 1, defaults.height, defaults.width)
+    return {tensor.name: shape_of(tensor, free) for tensor in bundle.parts[part].inputs}

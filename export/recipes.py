@@ -25,9 +25,12 @@ What the lists rest on:
   steps is 1.00) and runs as many products in int8. Not bf16, which ONNX Runtime's CPU lacks.
 * T5 in fp16: `wo` takes products of two activations, which pass 65504 in T5-XXL, and the sum of
   the residuals does; so only products run in fp16, `wo` not at all.
-* Text encoders in 8 bits: weights only. They run once an image, and their size is what hurts. T5
-  has no fp8: over 64 prompts the embedded default's is 43 % of its largest output off at worst, and
-  11 % in int8, of as many bytes. A bundle of both precisions takes that one.
+* Text encoders in 8 bits: weights only. They run once an image, and their size is what hurts. T5's
+  queries and keys stay high: it does not divide their products by anything, so what comes out of a
+  softmax turns over by a small error (they cost the most of all kinds, see
+  `benchmarks/results/sensitivity_text_encoder_2_int8_kind.json`), and they are a sixth of T5-XXL.
+  T5 has no fp8: over 64 prompts the embedded default's is 43 % of its largest output off at worst,
+  and 11 % in int8, of as many bytes. A bundle of both precisions takes that one.
 
 >>> RECIPES["fp8"]["transformer"].kind
 'float8e4m3fn'
@@ -141,6 +144,8 @@ _CLASSIFIER: Final = (
 """Both ends of timm's nets, as each family calls them, and the gates of squeeze-and-excitation:
 small products of one pixel each that scale whole channels."""
 _WEIGHTS: Final = ("*",)
+_LOGITS: Final = ("*.SelfAttention.q", "*.SelfAttention.k")
+"""What T5 looks with; one picture in 64 of the embedded default's went far off by them alone."""
 _SMOOTH: Final = 0.5
 """SmoothQuant's own alpha (Xiao et al., arXiv 2211.10438). On the embedded default, eight prompts:
 52.5 dB in the median and 50.3 at worst, where it is 44.7 and 41.3 without."""
@@ -174,7 +179,9 @@ RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {
         "classifier": Recipe(rest="float16"),
     },
     "int8": {
-        "text_encoder_2": replace(_T5_FP16, kind="int8", weights_only=_WEIGHTS, per_channel=True),
+        "text_encoder_2": replace(
+            _T5_FP16, kind="int8", keep=_LOGITS, weights_only=_WEIGHTS, per_channel=True
+        ),
         "transformer": Recipe(
             rest="float16",
             kind="int8",

@@ -118,7 +118,7 @@ def _opened(checkpoint: Path, share: float) -> tuple[Classifier, dict[str, Any]]
     import torch
 
     from dermaflux.engines.eager import EagerEngine
-    from dermaflux.engines.merging import Merged, plan, unfit, work
+    from dermaflux.engines.merging import Merged, plan, unfit, work_left
     from dermaflux.engines.parts import module
 
     spec = classifier_spec(checkpoint)
@@ -126,17 +126,13 @@ def _opened(checkpoint: Path, share: float) -> tuple[Classifier, dict[str, Any]]
         raise DatasetError(f"{checkpoint} has no classifier/")
     whole = module(checkpoint, "classifier")
     model: Any = whole.model
-    counts = () if unfit(model) else plan(model, share)
-    merged = Merged(whole, counts)
+    count = 0 if unfit(model) else plan(model, share)
+    merged = Merged(whole, count)
     engine = EagerEngine(
         merged, merged.inputs, merged.outputs, "fp32", torch.float32, torch.device("cpu"), Lock()
     )
     intake = None if spec.intake is None else Intake.open(spec.intake, checkpoint)
-    rows, columns = model.patch_embed.grid_size
-    tokens = model.num_prefix_tokens + rows * columns
-    shape = tokens, model.embed_dim, model.blocks[0].mlp.fc1.out_features
-    left = work(*shape, counts) / work(*shape, [0] * len(counts))
-    about = {"merged": list(counts), "work": round(left, 4)}
+    about = {"merged": count, "work": round(work_left(model, count), 4)}
     print(json.dumps(about), file=sys.stderr)
     return Classifier(spec, engine, _CHUNK, intake=intake), about
 

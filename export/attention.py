@@ -3,10 +3,9 @@
 timm makes queries, keys and values in one product [B, N, 3 D] and takes them apart afterwards,
 which costs two passes over memory that no arithmetic pays for. Here they are three products over
 the same input, whose results go into the attention as they are, and the attention is spelled out:
-products, a factor, a softmax. Queries and keys are in 8 bits where their ranges are known; the
-softmax is not, since a picture of N patches that are looked at evenly has weights of 1 / N, a few
-steps of 1 / 255. A block of ViT-B/16 on AVX512-VNNI was 1.08 times as fast for the first, and 1.06
-times for the second.
+products, a factor, a softmax. Queries, keys and values are in 8 bits where their ranges are known.
+The softmax is not: symmetric 8 bits have 127 steps for what has no sign. OpenVINO rounds it to 255
+when it reads the file (`dermaflux.engines.ov_attention`).
 
     >>> names = split(model)                    # before `export.quantized`
     >>> in8(model, names, "int8", seen)
@@ -28,7 +27,8 @@ from export.weights import lazy
 
 _PARTED: Final = [2, 0, 3, 1, 4]
 """How timm turns [B, N, 3, heads, size]: the three first."""
-_SCORES: Final = ".scores.MatMul"
+_TAKES: Final = {"query": ("scores", 0), "key": ("scores", 1), "value": ("mixed", 1)}
+"""Which product of the attention takes a factor, and as which of its inputs."""
 
 
 def split(model: onnx_ir.Model) -> tuple[str, ...]:
@@ -63,18 +63,19 @@ def known(names: Sequence[str], seen: Channels) -> Channels:
 
 
 def in8(model: onnx_ir.Model, names: Sequence[str], kind: str, seen: Channels) -> int:
-    """Put queries and keys through 8 bits where `seen` has their ranges; how many there were."""
+    """Put queries, keys and values through 8 bits where `seen` has their ranges; how many there
+    were."""
     products = {str(node.name): node for node in model.graph if node.op_type == "MatMul"}
     count = 0
     for name in names:
         attention = name.removesuffix(".qkv")
-        scores = products[f"{attention}{_SCORES}"]
-        for index, what in enumerate(FACTORS[:2]):
-            largest, source = seen.get(f"{attention}.{what}"), scores.inputs[index]
+        for what, (taker, index) in _TAKES.items():
+            product = products[f"{attention}.{taker}.MatMul"]
+            largest, source = seen.get(f"{attention}.{what}"), product.inputs[index]
             if largest is None or source is None:
                 continue
-            made = pair(Place(scores, f"{name}.{what}.made"), source, float(largest.max()), kind)
-            scores.replace_input_with(index, made)
+            made = pair(Place(product, f"{name}.{what}.made"), source, float(largest.max()), kind)
+            product.replace_input_with(index, made)
             count += 1
     return count
 
@@ -165,22 +166,7 @@ def _apart(attention: onnx_ir.Node, product: onnx_ir.Node) -> list[onnx_ir.Value
     for old, new in zip(tuple(attention.inputs[:3]), (query, key, value), strict=True):
         assert old is not None
         old.replace_all_uses_with(new)
-    for use in tuple(key.uses()):
-        _mean_of_heads(use.node, made[1])
     return sums
-
-
-def _mean_of_heads(node: onnx_ir.Node, heads: onnx_ir.Value) -> None:
-    """Let a mean over heads be taken before they are turned."""
-    axes = node.inputs[1] if node.op_type == "ReduceMean" and len(node.inputs) > 1 else None
-    kept = node.attributes.get("keepdims")
-    if axes is None or axes.const_value is None or kept is None or kept.as_int():
-        return
-    if list(axes.const_value.numpy().reshape(-1)) != [1]:
-        return
-    node.replace_input_with(0, heads)
-    place = Place(node, f"{node.name}.heads")
-    node.replace_input_with(1, constant(place, f"{place.stem}.axis", np.array([2]), _INDEX))
 
 
 _INDEX: Final = onnx_ir.DataType.INT64

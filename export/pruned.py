@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dermaflux.engines.merging import Merged, plan, unfit
+from dermaflux.engines.merging import Merged, patches, plan, unfit
 from dermaflux.engines.parts import module
 from export.parity import Case
 
@@ -40,9 +40,9 @@ def merger_of(checkpoint: Path, share: float) -> Merger | None:
     if refused:
         log.info("classifier has no pruned file: %s", refused)
         return None
-    counts = plan(model, share)
-    log.info("classifier merges %s patches in its blocks", ", ".join(map(str, counts)))
-    return lambda whole: Merged(whole, counts)
+    count = plan(model, share)
+    log.info("classifier merges %d of its %d patches", count, patches(model))
+    return lambda whole: Merged(whole, count)
 
 
 def merged_cases(checkpoint: Path, merger: Merger, cases: Sequence[Case]) -> list[Case]:

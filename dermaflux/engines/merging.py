@@ -1,24 +1,26 @@
 """A vision transformer that merges pieces of the picture which say the same: less work, not the
 same answer.
 
-After the attention of every block but the last, some patches are joined with those that are most
-like them, and their mean goes on. Source: Bolya et al., Token Merging: Your ViT But Faster
-(arXiv 2210.09461): patches in two sets by turns, likeness is the cosine of attention's keys, the
-likest pairs are joined, means and attention are weighted by how many patches are in one. The
-weights are those of the whole model; nothing is trained. How many are joined is the same for every
-picture, so shapes do not depend on what it shows, and the graph is of standard operators.
+Before the first block, some patches are joined with those that are most like them, and their mean
+goes on in their place through all blocks. Source: Bolya et al., Token Merging: Your ViT But Faster
+(arXiv 2210.09461): patches in two sets by turns, the likest pairs are joined, attention is weighted
+by how many patches are in one. The weights are those of the whole model; nothing is trained. How
+many are joined is the same for every picture, so shapes do not depend on what it shows, and the
+graph is of standard operators.
 
-Dropping what the class token looks at least and fusing it (Liang et al., EViT, arXiv 2202.07800)
-was tried on the embedded default beside it, and cost more.
+The paper joins some in every block, by the likeness of attention's keys. On the embedded default
+that cost more for the same work than to join all of them once, by the cosine of what the blocks are
+given, patch and place: a photograph of skin is mostly skin, which one look at it tells. It is also
+one pass over memory instead of one a block. Dropping what the class token looks at least and fusing
+it (Liang et al., EViT, arXiv 2202.07800) cost more too.
 
-    >>> counts = plan(model, share=0.65)                 # (11, 9, 6, 4, 2, 0)
-    >>> merged = Merged(parts.module(Path("models/mini"), "classifier"), counts)
+    >>> count = plan(model, share=0.6)                   # 26 of 64 patches
+    >>> merged = Merged(parts.module(Path("models/mini"), "classifier"), count)
     >>> logits, features = merged(pixel_values)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -27,18 +29,17 @@ from torch.nn import functional
 
 from dermaflux.errors import EngineError
 
-SHARE: Final = 0.65
-"""Of the work of all blocks that is left. On the embedded default in fp32 the area under the ROC
-curve of both test sets falls by 0.005 and by 0.000, and at 0.60 by 0.008 and 0.000
-(`benchmarks/results/pruning.json`); the rest is room for 8 bits."""
+SHARE: Final = 0.6
+"""Of the work of all blocks that is left: see `benchmarks/results/pruning.json` for what the area
+under the ROC curve of both test sets changes by."""
 _POOLS: Final = ("token", "avg")
 
 
 class Merged(nn.Module):
     """pixel_values [B, 3, H, W] (normalised) -> logits [B, classes], features [B, F].
 
-    `whole` is a `parts.Classifier`, whose model is used and changed; `counts` are the patches that
-    each block merges away. No map of attention is given: a merged patch has no place.
+    `whole` is a `parts.Classifier`, whose model is used and changed; `count` patches are merged
+    away. No map of attention is given: a merged patch has no place.
 
     Raises:
         EngineError: its model is none that can be merged.
@@ -47,7 +48,7 @@ class Merged(nn.Module):
     inputs = ("pixel_values",)
     outputs: tuple[str, ...] = ("logits", "features")
 
-    def __init__(self, whole: Any, counts: Sequence[int]) -> None:
+    def __init__(self, whole: Any, count: int) -> None:
         super().__init__()
         refused = unfit(whole.model)
         if refused:
@@ -55,7 +56,7 @@ class Merged(nn.Module):
                 f"a classifier can be merged if it is a vision transformer: {refused}"
             )
         self.model = whole.model
-        self.counts = tuple(counts)
+        self.count = count
         for block in self.model.blocks:
             # Those of the map, which would keep every pass's products.
             block.attn.qkv._forward_hooks.clear()
@@ -63,58 +64,46 @@ class Merged(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         model = self.model
         tokens = model.norm_pre(model._pos_embed(model.patch_embed(pixel_values)))
-        sizes: torch.Tensor | None = None
-        for block, count in zip(model.blocks, self.counts, strict=True):
-            mixed, keys = _attention(block.attn, block.norm1(tokens), sizes)
-            tokens = tokens + block.ls1(mixed)
-            if count:
-                tokens, sizes = merge(tokens, sizes, keys, count, model.num_prefix_tokens)
+        prefix = model.num_prefix_tokens
+        sizes = mask = None
+        if self.count:
+            tokens, sizes = merge(tokens, self.count, prefix)
+            mask = sizes.log().transpose(1, 2)[:, None]
+        for block in model.blocks:
+            tokens = tokens + block.ls1(_attention(block.attn, block.norm1(tokens), mask))
             tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
         tokens = model.norm(tokens)
         if model.global_pool == "token":
             pooled = tokens[:, 0]
+        elif sizes is None:
+            pooled = tokens[:, prefix:].mean(1)
         else:
-            patches = tokens[:, model.num_prefix_tokens :]
-            if sizes is None:
-                pooled = patches.mean(1)
-            else:
-                weights = sizes[:, model.num_prefix_tokens :]
-                pooled = (patches * weights).sum(1) / weights.sum(1)
+            weights = sizes[:, prefix:]
+            pooled = (tokens[:, prefix:] * weights).sum(1) / weights.sum(1)
         features = model.fc_norm(pooled)
         return model.get_classifier()(features), features
 
 
-def merge(
-    tokens: torch.Tensor, sizes: torch.Tensor | None, keys: torch.Tensor, count: int, prefix: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge(tokens: torch.Tensor, count: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Join `count` patches with their likest: tokens [B, N, D] -> [B, N - count, D], and how many
-    patches are in each, [B, N - count, 1]. `keys` are [B, N, size]; the first `prefix` tokens are
-    no patches."""
-    keys = keys[:, prefix:]
-    keys = keys / keys.square().sum(-1, keepdim=True).sqrt()
-    likeness = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
+    are in each, [B, N - count, 1]. The first `prefix` tokens are no patches."""
+    patches = tokens[:, prefix:]
+    directions = patches / patches.square().sum(-1, keepdim=True).sqrt()
+    likeness = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)
     best, partner = likeness.max(-1)
     # All of them in one order: the likest are joined, the others stay.
     order = best.topk(best.shape[1], dim=1).indices
     gone, stay = order[:, :count], order[:, count:]
-    first, second = tokens[:, prefix:][:, ::2], tokens[:, prefix:][:, 1::2]
+    first, second = patches[:, ::2], patches[:, 1::2]
     target = partner.gather(1, gone)
     places = torch.arange(second.shape[1], device=tokens.device)
     joins = (target[:, None, :] == places[None, :, None]).to(tokens.dtype)
-    # What stays as it is, is not touched: passes over memory cost as much as the merging saves.
-    joined = _picked(first, gone)
-    if sizes is None:
-        sizes = torch.ones_like(tokens[:, :, :1])
-        totals = 1 + joins.sum(-1, keepdim=True)
-        second = (second + joins @ joined) / totals
-    else:
-        many, few = sizes[:, prefix:][:, 1::2], _picked(sizes[:, prefix:][:, ::2], gone)
-        totals = many + joins @ few
-        second = (second * many + joins @ (joined * few)) / totals
-    apart = _picked(sizes[:, prefix:][:, ::2], stay)
+    totals = 1 + joins.sum(-1, keepdim=True)
+    second = (second + joins @ _picked(first, gone)) / totals
+    ones = torch.ones_like(tokens[:, : prefix + stay.shape[1], :1])
     return (
         torch.cat([tokens[:, :prefix], _picked(first, stay), second], 1),
-        torch.cat([sizes[:, :prefix], apart, totals], 1),
+        torch.cat([ones, totals], 1),
     )
 
 
@@ -126,10 +115,8 @@ def _picked(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return rows.reshape(-1, width)[chosen + first]
 
 
-def _attention(
-    attention: Any, tokens: torch.Tensor, sizes: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """timm's attention, a token that stands for more looked at more; and its keys, heads averaged.
+def _attention(attention: Any, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """timm's attention, a token that stands for more looked at more.
 
     Source: `timm.models.vision_transformer.Attention.forward`.
     """
@@ -137,12 +124,12 @@ def _attention(
     parts = attention.qkv(tokens).reshape(batch, length, 3, attention.num_heads, -1)
     query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
     query, key = attention.q_norm(query), attention.k_norm(key)
-    mask = None if sizes is None else sizes.log().transpose(1, 2)[:, None]
     mixed = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=attention.scale
     )
     mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
-    return attention.proj(attention.norm(mixed)), key.mean(1)
+    projected: torch.Tensor = attention.proj(attention.norm(mixed))
+    return projected
 
 
 def unfit(model: Any) -> str:
@@ -164,51 +151,37 @@ def unfit(model: Any) -> str:
     return ""
 
 
-def work(tokens: int, width: int, hidden: int, counts: Sequence[int]) -> float:
-    """Multiply-adds of all blocks: four products of the width and two of the attention over the
-    tokens before a merge, two of the hidden width over those after it."""
-    done = 0.0
-    for count in counts:
-        done += tokens * 4 * width**2 + 2 * tokens**2 * width
-        tokens -= count
-        done += tokens * 2 * width * hidden
-    return done
+def work(tokens: int, width: int, hidden: int) -> float:
+    """Multiply-adds of a block: four products of the width, two of the hidden width, and two of
+    the attention."""
+    return float(tokens * (4 * width**2 + 2 * width * hidden) + 2 * tokens**2 * width)
 
 
-def plan(model: Any, share: float = SHARE) -> tuple[int, ...]:
-    """Patches that each block merges away so that `share` of the work is left, or a little less:
-    fewer from block to block, none in the last, and never more than half of them.
-
-    What is merged early saves most, and the paper's falling schedule does so. At 0.60 of the work
-    it cost the embedded default half of the area under the curve that equal counts did at 0.58.
+def plan(model: Any, share: float = SHARE) -> int:
+    """Patches to merge away so that `share` of the blocks' work is left, or a little less: half of
+    them at most.
 
     Raises:
         EngineError: the share is none, or not even the most merging leaves so little.
     """
     if not 0 < share <= 1:
         raise EngineError(f"a share of {share} of the work cannot be left; use above 0, up to 1")
+    left = 1.0
+    for count in range(patches(model) // 2 + 1):
+        left = work_left(model, count)
+        if left <= share:
+            return count
+    raise EngineError(f"merging leaves {left:.2f} of the work at least, not {share}; ask for more")
+
+
+def work_left(model: Any, count: int) -> float:
+    """The share of the blocks' work that is left when `count` patches are merged away."""
+    tokens = model.num_prefix_tokens + patches(model)
+    shape = model.embed_dim, model.blocks[0].mlp.fc1.out_features
+    return work(tokens - count, *shape) / work(tokens, *shape)
+
+
+def patches(model: Any) -> int:
+    """Pieces that a picture is cut into."""
     rows, columns = model.patch_embed.grid_size
-    tokens, depth = model.num_prefix_tokens + rows * columns, len(model.blocks)
-    width, hidden = model.embed_dim, model.blocks[0].mlp.fc1.out_features
-    whole = work(tokens, width, hidden, [0] * depth)
-    least = 1.0
-    for total in range(2 * depth * rows * columns):
-        counts, left = _falling(total, rows * columns, depth)
-        if left < 2:
-            break
-        least = work(tokens, width, hidden, counts) / whole
-        if least <= share:
-            return counts
-    raise EngineError(f"merging leaves {least:.2f} of the work at least, not {share}; ask for more")
-
-
-def _falling(total: int, patches: int, depth: int) -> tuple[tuple[int, ...], int]:
-    """`total` shared out over blocks, the first `depth - 1` times the last but one; and what is
-    left of the patches."""
-    counts = []
-    steps = max(depth * (depth - 1), 1)
-    for number in range(depth):
-        wanted = round(2 * total * (depth - 1 - number) / steps)
-        counts.append(min(wanted, patches // 2))
-        patches -= counts[-1]
-    return tuple(counts), patches
+    return int(rows * columns)

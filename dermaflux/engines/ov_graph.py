@@ -12,6 +12,8 @@ exact; what differs is the rounding of what lies between two steps.
 
 TensorRT wants a value rounded right before the product that takes it. OpenVINO fuses the rounding
 with whatever made the value, unless that was turned or reshaped in between; so it is rounded first.
+What only some rows are read of is computed for these (`dermaflux.engines.ov_rows`), and an
+attention whose values are in 8 bits has its weights in them too (`dermaflux.engines.ov_attention`).
 
     >>> model = read(core(), Path("model_int8.onnx"), outputs=("logits",))
     >>> unsigned(model)
@@ -26,6 +28,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+
+from dermaflux.engines.ov_attention import keys_within, weights_in8
+from dermaflux.engines.ov_rows import one_row
 
 _SIGNED: Final = (-128.0, 127.0)
 _LEVELS: Final = 256
@@ -47,11 +52,18 @@ def read(core: Any, graph: Path, outputs: Iterable[str] | None = None, device: s
         if platform.machine().lower() in ("x86_64", "amd64"):
             unsigned(model)
         hoist(model)
+        weights_in8(model)
+        keys_within(model)
+        one_row(model)
     return model
 
 
 def unsigned(model: Any) -> int:
-    """Read signed 8-bit inputs of layers with constant weights as unsigned; how many were."""
+    """Read signed 8-bit inputs of layers with constant weights as unsigned; how many were.
+
+    Those of other products keep their sign: nothing could be prepared for the 127 that stands for
+    nought where both factors change. All become one operator, which can be moved.
+    """
     count = 0
     for node in model.get_ordered_ops():
         if node.get_type_name() == "FakeQuantize":
@@ -78,17 +90,34 @@ def _rounded_first(quantize: Any) -> bool:
         return False
     moved: list[Any] = []
     value = quantize.input_value(0)
-    while value.get_node().get_type_name() in _MOVES and len(value.get_target_inputs()) == 1:
+    while _moves(value) and len(value.get_target_inputs()) == 1:
         moved.append(value.get_node())
         value = moved[-1].input_value(0)
-    if not moved:
+    if all(node.get_type_name() == "Convert" for node in moved):
         return False
     # What turns the value takes it in 8 bits; after it comes whoever read it.
-    quantize.input(0).replace_source_output(value)
+    quantize.input(0).replace_source_output(_float(value))
     for user in quantize.output(0).get_target_inputs():
         user.replace_source_output(moved[0].output(0))
     moved[-1].input(0).replace_source_output(quantize.output(0))
     return True
+
+
+def _moves(value: Any) -> bool:
+    node = value.get_node()
+    # A step from fp16 to fp32, which is what is rounded, changes nothing.
+    widens = node.get_type_name() == "Convert" and node.get_output_element_type(0).to_dtype() == (
+        np.float32
+    )
+    return widens or node.get_type_name() in _MOVES
+
+
+def _float(value: Any) -> Any:
+    from openvino import opset13
+
+    if value.get_element_type().to_dtype() == np.float32:
+        return value
+    return opset13.convert(value, np.float32).output(0)
 
 
 def _unsign(quantize: Any) -> bool:
@@ -110,15 +139,19 @@ def _unsign(quantize: Any) -> bool:
             return False
         last = found if found is not None else last
     users = list(last.output(0).get_target_inputs())
-    if not users or not all(_weighted(user) for user in users):
+    if not users or not all(_product(user) for user in users):
+        return False
+    weighted = [_weighted(user) for user in users]
+    if any(weighted) and not all(weighted):
         return False
     step = high / _SIGNED[1]
-    source, kept = quantize.input_value(0), last.get_output_element_type(0).to_dtype()
-    if source.get_element_type().to_dtype() != np.float32:
-        source = opset13.convert(source, np.float32).output(0)
-    ends = [opset13.constant(np.float32(steps * step)) for steps in (-127, 128)]
+    source, kept = _float(quantize.input_value(0)), last.get_output_element_type(0).to_dtype()
+    ends = [opset13.constant(np.float32(steps * step)) for steps in
+            ((-127, 128) if weighted[0] else (-128, 127))]  # fmt: skip
     made = opset13.fake_quantize(source, *ends, *ends, _LEVELS)
-    made.set_friendly_name(f"{quantize.get_friendly_name()}.unsigned")
+    made.set_friendly_name(
+        f"{quantize.get_friendly_name()}.{'unsigned' if weighted[0] else 'signed'}"
+    )
     if kept != np.float32:
         made = opset13.convert(made, kept)
     for user in users:
@@ -141,9 +174,13 @@ def _only_user(node: Any, kind: str) -> Any | None:
     return user if user.get_type_name() == kind else None
 
 
+def _product(place: Any) -> bool:
+    return bool(place.get_node().get_type_name() == "MatMul")
+
+
 def _weighted(place: Any) -> bool:
     """Whether an input is the first of a matrix product whose second is weights."""
-    if place.get_node().get_type_name() != "MatMul" or place.get_index() != 0:
+    if not _product(place) or place.get_index() != 0:
         return False
     factor = place.get_node().input_value(1).get_node()
     while factor.get_type_name() in _ON_THE_WAY:

@@ -49,15 +49,23 @@ def test_apart_as_together(traced, tmp_path, engine):
     }
 
 
-def test_queries_and_keys_are_in_8_bits_where_their_ranges_are_known(traced, tmp_path):
+def test_factors_are_in_8_bits_where_their_ranges_are_known(traced, tmp_path):
     model, inputs = traced
     parted = lower(model.clone(), replace(RECIPE, rest="float32"))
     names = attention.split(parted)
     seen = attention.known(names, {names[0]: np.ones(32, np.float32)})
     assert attention.in8(parted.clone(), names, "int8", seen) == 0
-    ranges = {f"blocks.0.attn.{x}": np.array([1.5], np.float32) for x in ("query", "key")}
+    ranges = {f"blocks.0.attn.{x}": np.array([1.5], np.float32) for x in ("query", "key", "value")}
     plain = run(parted.clone(), inputs, tmp_path / "plain.onnx")["logits"]
-    assert attention.in8(parted, names, "int8", {**seen, **ranges}) == 2
+    assert attention.in8(parted, names, "int8", {**seen, **ranges}) == 3
+    nodes = {node.name: node for node in parted.graph}
+    taken = {
+        what: [value.producer().op_type for value in nodes[f"blocks.0.attn.{what}.MatMul"].inputs]
+        for what in ("scores", "mixed")
+    }
+    assert taken["scores"] == ["DequantizeLinear"] * 2
+    # The softmax has no sign, which a file's 8 bits have.
+    assert taken["mixed"] == ["Softmax", "DequantizeLinear"]
     assert set(seen) == {names[0], *(f"{names[0]}.{x}" for x in ("query", "key", "value"))}
     found = run(parted, inputs, tmp_path / "in8.onnx")["logits"]
     assert 0 < np.abs(found - plain).max() < 0.1 * np.abs(plain).max()

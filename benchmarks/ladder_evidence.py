@@ -10,18 +10,21 @@ made, not in the file; and calls are counted (`benchmarks.counting`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from benchmarks.counting import Counted
 from dermaflux.engines import Engine
+from dermaflux.engines.notes import note_of
 from dermaflux.pipeline import Pipeline
 from dermaflux.residency import InTurns
 
-_COMPUTE: Final = ("FullyConnected", "MatMul", "Convolution", "GroupConvolution",
-                   "ScaledDotProductAttention")  # fmt: skip
-_EIGHT: Final = ("i8", "u8")
+
+@runtime_checkable
+class Compiled(Protocol):
+    """An engine of several compiled graphs; the step's come first."""
+
+    def compiled(self) -> tuple[Any, ...]: ...
 
 
 @runtime_checkable
@@ -53,8 +56,8 @@ def evidence_of(engines: Mapping[str, Engine]) -> dict[str, Any]:
         computes = operations(engine)
         if computes:
             told["computes"] = computes
-        if getattr(engine, "note", ""):
-            told["note"] = getattr(engine, "note", "")
+        if note := note_of(engine):
+            told["note"] = note
         if isinstance(engine, Proven):
             # Torch has two forwards under one name; ours counts what it made ready.
             told["made"] = engine.counts()
@@ -66,24 +69,14 @@ def evidence_of(engines: Mapping[str, Engine]) -> dict[str, Any]:
 
 def operations(engine: Engine) -> dict[str, dict[str, int]]:
     """Products of matrices and convolutions by the type that they run in; nothing where the engine
-    does not tell.
-
-    OpenVINO names the kernel of each operation (`brgemm_avx512_i8`); its last word is the type it
-    computes in, and `runtimePrecision` what its weights are held in.
-    """
-    compiled: Any = getattr(engine, "_model", None)
-    if not hasattr(compiled, "get_runtime_model"):
+    does not tell. Of an engine that compiled several graphs those of the step that ran last
+    (`dermaflux.engines.ov_denoiser`)."""
+    models: tuple[Any, ...] = (getattr(engine, "_model", None),)
+    if isinstance(engine, Compiled):
+        models = engine.compiled()[:1]
+    if not models or not hasattr(models[0], "get_runtime_model"):
         return {}
-    counts: dict[str, Counter[str]] = {}
-    for operation in compiled.get_runtime_model().get_ops():
-        details: Any = operation.get_rt_info()
-        kind = details["layerType"].astype(str)
-        if kind not in _COMPUTE:
-            continue
-        computed = details["primitiveType"].astype(str).rsplit("_", 1)[-1].lower()
-        held = details["runtimePrecision"].astype(str)
-        small = held in _EIGHT and computed not in _EIGHT
-        counts.setdefault(kind, Counter())[
-            f"{computed} of 8-bit weights" if small else computed
-        ] += 1
+    from dermaflux.engines.ov_evidence import computed_in
+
+    counts = computed_in(models[0])
     return {kind: dict(sorted(found.items())) for kind, found in sorted(counts.items())}

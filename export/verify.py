@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import onnx
 from onnx import TensorProto
@@ -185,25 +185,14 @@ def operations(graph: Path, names: Sequence[str]) -> dict[str, dict[str, dict[st
 
 
 def _openvino_operations(graph: Path) -> dict[str, Counter[str]]:
+    from dermaflux.engines.ov_evidence import computed_in
     from dermaflux.engines.ov_graph import read
     from dermaflux.engines.ov_library import core
 
     # The same settings as the engine's: another hint would compile to another precision.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "CACHE_DIR": ""}
     compiled = core().compile_model(read(core(), graph), "CPU", settings)
-    counts: dict[str, Counter[str]] = {}
-    for operation in compiled.get_runtime_model().get_ops():
-        details: Any = operation.get_rt_info()
-        kind = details["layerType"].astype(str)
-        if kind in _COMPUTE:
-            # `undef_i8`: the primitive's own type. The other is that of the weights as well.
-            # In small letters of a product, and in capitals of a convolution.
-            computed = details["primitiveType"].astype(str).rsplit("_", 1)[-1].lower()
-            held = details["runtimePrecision"].astype(str)
-            small = held in _EIGHT and computed not in _EIGHT
-            how = f"{computed} of 8-bit weights" if small else computed
-            counts.setdefault(kind, Counter())[how] += 1
-    return counts
+    return computed_in(compiled, _COMPUTE)
 
 
 def _ort_operations(graph: Path) -> dict[str, Counter[str]]:

@@ -231,7 +231,7 @@ def _decoder(random: np.random.Generator) -> onnx.ModelProto:
             ("Tanh", ["small"], ["shades"], {}),
             ("Resize", ["shades", "", "scales"], ["sample"], {"mode": "nearest"}),
         ],
-        {"latent_sample": ["batch", CHANNELS, "h", "w"]},
+        {"latent_sample": ["batch", CHANNELS, "latent_height", "latent_width"]},
         {"sample": ["batch", 3, "height", "width"]},
         {
             "colours": _floats(random, 3, CHANNELS, 1, 1),

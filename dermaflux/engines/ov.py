@@ -32,6 +32,7 @@ from dermaflux.engines import (
     Choice,
     usable_cores,
 )
+from dermaflux.engines.ov_decoder import Decoder, rewrite
 from dermaflux.engines.ov_denoiser import STEPPING, Denoiser
 from dermaflux.engines.ov_graph import read
 from dermaflux.engines.ov_library import core as core
@@ -63,6 +64,7 @@ class OpenVinoEngine:
     output by which bf16 may be off fp32, where a CPU has it; without it no bf16 is tried. `note`
     is a sentence on what came of that, or empty. With `batches` those of `run` are cut over the
     cores of a CPU (`dermaflux.engines.ov_streams`); all inputs must begin with the batch's axis.
+    `rewrites` changes the model before it is compiled.
 
     Raises:
         EngineError: the file is not a graph that this OpenVINO reads; at `run`, inputs that the
@@ -80,6 +82,7 @@ class OpenVinoEngine:
         outputs: Collection[str] | None = None,
         bf16: float | None = None,
         batches: bool = False,
+        rewrites: Callable[[Any], object] | None = None,
     ) -> None:
         self.name = name
         self.precision = precision
@@ -91,6 +94,8 @@ class OpenVinoEngine:
             self.computes = computes(device, precision)
             """OpenVINO's name of the numbers it computes in."""
             model = read(core(), graph, outputs, device)
+            if rewrites is not None:
+                rewrites(model)
             if shapes is not None:
                 model.reshape({key: list(shape) for key, shape in shapes.items()})
             self._model = core().compile_model(model, device, settings)
@@ -211,7 +216,9 @@ def opened(graph: Path, precision: str, threads: int | None = None) -> OpenVinoE
             joined(model)
             found = split(model)
     if found is None:
-        return OpenVinoEngine(graph, precision, threads)
+        # As `load` has it: what is compared is what will run.
+        rewrites = rewrite if names == {"latent_sample"} else None
+        return OpenVinoEngine(graph, precision, threads, rewrites=rewrites)
     settings = told("CPU", precision, threads)
     return Denoiser(
         graph,
@@ -269,7 +276,7 @@ def load(
     choice: Choice,
     threads: int | None = None,
     outputs: Collection[str] | None = None,
-) -> OpenVinoEngine | Denoiser:
+) -> OpenVinoEngine | Denoiser | Decoder:
     """The engine of a choice of one of OpenVINO's devices; `outputs` as in `OpenVinoEngine`.
 
     Raises:
@@ -282,6 +289,14 @@ def load(
         if isinstance(made, Denoiser):
             made.prepare(_usual(bundle, choice.part))
         return made
+    if choice.part == "vae_decoder" and choice.engine == OPENVINO:
+        graph = bundle.file(file.path)
+        return Decoder(
+            lambda shapes: OpenVinoEngine(
+                graph, choice.precision, threads, shapes=shapes, rewrites=rewrite
+            ),
+            _usual(bundle, choice.part),
+        )
     shapes = _usual(bundle, choice.part) if choice.engine == OPENVINO_NPU else None
     bf16 = None
     if choice.part == "classifier" and choice.precision in LOW:

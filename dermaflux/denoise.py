@@ -82,6 +82,8 @@ class Batch(Generic[K]):
         self._schedule = schedule
         self._h, self._w = h, w
         self._items: dict[K, _Item] = {}
+        self.computed = 0
+        """Items whose velocity the last step computed; those of the others were forecast."""
         self._forecasts = forecasts
         self._velocity_of: Callable[[Arrays], dict[str, Array]] | None = None
         self._bound: list[K] = []
@@ -148,6 +150,7 @@ class Batch(Generic[K]):
             if item.forecast is not None and (guess := item.forecast.at(item.done)) is not None:
                 forecast[key] = guess
         computed = self._computed([key for key in self._items if key not in forecast])
+        self.computed = len(computed)
         # Nobody has moved yet: an engine that failed changed nothing.
         for key, velocity in forecast.items():
             item = self._items[key]

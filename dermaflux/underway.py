@@ -50,6 +50,8 @@ class Underway(Generic[K]):
         self._size_of: dict[K, Size] = {}
         self._finished: dict[K, Floats] = {}
         self._small = True
+        self.computed = 0
+        """Images whose step the last `step` computed; those of the others were forecast."""
 
     @property
     def keys(self) -> tuple[K, ...]:
@@ -106,6 +108,7 @@ class Underway(Generic[K]):
         batch = self._batches[size]
         moved = {key: batch.done(key) + 1 for key in batch.keys}
         done = batch.step()
+        self.computed = batch.computed
         self._finished.update(done)
         for key in done:
             self._leave(key)

@@ -70,8 +70,11 @@ class Easel:
         if not items:
             return 0
         self._metrics.batch(len(items))
-        with self._metrics.timed("step"):
-            moved = self._attempt(items, lambda: self._underway.step(size))
+        begin = time.monotonic()
+        moved = self._attempt(items, lambda: self._underway.step(size))
+        if moved is not None:
+            computed = self._underway.computed
+            self._metrics.step(time.monotonic() - begin, computed, len(moved) - computed)
         for item, done in (moved or {}).items():
             item.done = done
         self._tell(list(moved or ()))

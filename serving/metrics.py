@@ -14,8 +14,9 @@ from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-Stage = Literal["wait", "encode", "step", "decode", "write", "read_image", "classify"]
-"""Of a generation: in the queue, its text, one step of a batch, latents to pixels, the file."""
+Stage = Literal["wait", "encode", "step", "forecast", "decode", "write", "read_image", "classify"]
+"""Of a generation: in the queue, its text, one step of a batch (`forecast` where none of its images
+had it computed), latents to pixels, the file."""
 Outcome = Literal["done", "cancelled", "deadline", "failed"]
 
 # From a classified photograph on a GPU to a large image on a CPU.
@@ -42,6 +43,12 @@ class Metrics:
         )
         self._generations = Counter(
             "dermaflux_generations_total", "Images by outcome.", ["outcome"], registry=registry
+        )
+        self._steps = Counter(
+            "dermaflux_steps_total",
+            "Steps of images, computed or forecast (tier cached).",
+            ["how"],
+            registry=registry,
         )
         self._batches = Histogram(
             "dermaflux_batch_size",
@@ -84,6 +91,12 @@ class Metrics:
     def decision(self, decision: str) -> None:
         """Count one classification."""
         self._decisions.labels(decision).inc()
+
+    def step(self, seconds: float, computed: int, forecast: int) -> None:
+        """Record one step of a batch, and for how many of its images it was computed."""
+        self.took("step" if computed else "forecast", seconds)
+        self._steps.labels("computed").inc(computed)
+        self._steps.labels("forecast").inc(forecast)
 
     def batch(self, images: int) -> None:
         """Record how many images one step moved."""

@@ -40,7 +40,7 @@ def samples() -> set[str]:
     registry = CollectorRegistry()
     metrics = Metrics(registry)
     metrics.request("/v1/model", 200)
-    metrics.took("step", 1)
+    metrics.step(1, 2, 1)
     metrics.generation("done")
     metrics.batch(1)
     metrics.decision("benign")

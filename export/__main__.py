@@ -80,8 +80,8 @@ class Settings:
     )
     attention: bool = option("int8 and fp8: queries, keys and values in 8 bits too", False)
     merged: float = option(
-        f"{PRUNED}: share of the work of a vision transformer's blocks that is left; default: 0.6",
-        0.6,
+        f"{PRUNED}: share of the work of a vision transformer's blocks that is left; default: 0.63",
+        0.63,
     )
     lpips: Path | None = option(
         "torchvision's AlexNet as safetensors: images are compared by LPIPS as well", None

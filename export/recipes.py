@@ -156,7 +156,13 @@ _VAE_INT8: Final = Recipe(
 _VAE_FP16: Final = Recipe(rest="float16", low=("Conv",), high=("decoder.conv_out",))
 
 _CLASSIFIER_INT8: Final = Recipe(
-    rest="float16", kind="int8", keep=_CLASSIFIER, per_channel=True, apart=True
+    rest="float16",
+    kind="int8",
+    # What cuts a picture into patches loses nothing by its weights, and as OpenVINO reads it none
+    # of its pixels either (`dermaflux.engines.ov_pixels`).
+    keep=tuple(name for name in _CLASSIFIER if name != "patch_embed.*"),
+    per_channel=True,
+    apart=True,
 )
 
 RECIPES: Final[Mapping[str, Mapping[str, Recipe]]] = {

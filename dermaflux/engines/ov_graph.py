@@ -12,6 +12,7 @@ exact; what differs is the rounding of what lies between two steps.
 
 TensorRT wants a value rounded right before the product that takes it. OpenVINO fuses the rounding
 with whatever made the value, unless that was turned or reshaped in between; so it is rounded first.
+Pixels keep all their values (`dermaflux.engines.ov_pixels`).
 What only some rows are read of is computed for these (`dermaflux.engines.ov_rows`), and an
 attention whose values are in 8 bits has its weights in them too (`dermaflux.engines.ov_attention`).
 
@@ -30,6 +31,7 @@ from typing import Any, Final
 import numpy as np
 
 from dermaflux.engines.ov_attention import keys_within, weights_in8
+from dermaflux.engines.ov_pixels import shifted
 from dermaflux.engines.ov_rows import one_row
 
 _SIGNED: Final = (-128.0, 127.0)
@@ -51,6 +53,7 @@ def read(core: Any, graph: Path, outputs: Iterable[str] | None = None, device: s
     if device == "CPU":
         if platform.machine().lower() in ("x86_64", "amd64"):
             unsigned(model)
+            shifted(model)
         hoist(model)
         weights_in8(model)
         keys_within(model)

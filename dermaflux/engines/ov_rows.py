@@ -118,7 +118,7 @@ def _same_rows(node: Any, axis: int) -> bool:
         return axis < last and reduced is not None and reduced in ([-1], [last])
     if kind == "Transpose":
         return _numbers(node.input_value(1)) is not None
-    return bool(kind == "Reshape" and axis == 1 and _keeps(node))
+    return kind == "Reshape" and axis == 1 and _keeps(node)
 
 
 def _keeps(reshape: Any) -> bool:
@@ -127,7 +127,7 @@ def _keeps(reshape: Any) -> bool:
     if len(before) < 3 or len(after) < 3 or any(x.is_dynamic for x in (*before[1:], *after[1:])):
         return False
     sizes = [[axis.get_length() for axis in shape[1:]] for shape in (before, after)]
-    return sizes[0][0] == sizes[1][0] and math.prod(sizes[0]) == math.prod(sizes[1])
+    return bool(sizes[0][0] == sizes[1][0] and math.prod(sizes[0]) == math.prod(sizes[1]))
 
 
 def _carrying(node: Any, axis: int) -> Iterable[int]:

@@ -30,8 +30,9 @@ from torch.nn import functional
 from dermaflux.errors import EngineError
 
 SHARE: Final = 0.63
-"""Of the work of all blocks that is left: see `benchmarks/results/pruning.json` for what the area
-under the ROC curve of both test sets changes by."""
+"""Of the work of all blocks that is left. On the embedded default in fp32 the area under the ROC
+curve of both test sets falls by 0.009 and by 0.000, and at 0.60 by 0.011 and 0.002
+(`benchmarks/results/pruning.json`)."""
 _POOLS: Final = ("token", "avg")
 
 

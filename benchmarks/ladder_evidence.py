@@ -22,7 +22,7 @@ from dermaflux.residency import InTurns
 
 @runtime_checkable
 class Compiled(Protocol):
-    """An engine of several compiled graphs; the step's come first."""
+    """An engine that shows what it compiled: the step's graphs first where there are several."""
 
     def compiled(self) -> tuple[Any, ...]: ...
 
@@ -71,10 +71,8 @@ def operations(engine: Engine) -> dict[str, dict[str, int]]:
     """Products of matrices and convolutions by the type that they run in; nothing where the engine
     does not tell. Of an engine that compiled several graphs those of the step that ran last
     (`dermaflux.engines.ov_denoiser`)."""
-    models: tuple[Any, ...] = (getattr(engine, "_model", None),)
-    if isinstance(engine, Compiled):
-        models = engine.compiled()[:1]
-    if not models or not hasattr(models[0], "get_runtime_model"):
+    models = engine.compiled() if isinstance(engine, Compiled) else ()
+    if not models:
         return {}
     from dermaflux.engines.ov_evidence import computed_in
 

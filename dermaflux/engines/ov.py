@@ -128,6 +128,10 @@ class OpenVinoEngine:
             )
         self._idle: SimpleQueue[Any] = SimpleQueue()
 
+    def compiled(self) -> tuple[Any, ...]:
+        """What is compiled: one model."""
+        return (self._model,)
+
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """See `Engine.run`; a request is one thread's, so that idle ones are kept for the next."""
         self._check(inputs)

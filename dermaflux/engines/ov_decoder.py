@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,17 +82,23 @@ def upsamplings(model: Any) -> int:
     return count
 
 
+class Compiled(Engine, Protocol):
+    """An engine that shows what it compiled."""
+
+    def compiled(self) -> tuple[Any, ...]: ...
+
+
 class Decoder:
     """An engine that takes `usual` by a model of that shape, others by one of any shape.
 
     `make` gives an engine for fixed shapes, of one picture, or for any if it is given None.
     """
 
-    def __init__(self, make: Callable[[Shapes | None], Engine], usual: Shapes) -> None:
+    def __init__(self, make: Callable[[Shapes | None], Compiled], usual: Shapes) -> None:
         self._make = make
         self._shapes = {name: tuple(shape) for name, shape in usual.items()}
         self._usual = make(self._shapes)
-        self._other: Engine | None = None
+        self._other: Compiled | None = None
         self._making = threading.Lock()
         self.name = self._usual.name
         self.precision = self._usual.precision
@@ -112,13 +118,18 @@ class Decoder:
         ]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
+    def compiled(self) -> tuple[Any, ...]:
+        """What is compiled now; the usual size first."""
+        made = [engine for engine in (self._usual, self._other) if engine is not None]
+        return tuple(model for engine in made for model in engine.compiled())
+
     def bind(
         self, constant: Arrays, timesteps: Array | None = None
     ) -> Callable[[Arrays], dict[str, Array]]:
         """See `Engine.bind`."""
         return lambda varying: self.run({**constant, **varying})
 
-    def _any(self) -> Engine:
+    def _any(self) -> Compiled:
         with self._making:
             if self._other is None:
                 self._other = self._make(None)

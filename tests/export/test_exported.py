@@ -201,10 +201,19 @@ def test_weights_are_stored_once(exported, tiny_checkpoint, part):
 def test_weights_keep_their_names(exported, tiny_checkpoint):
     model = onnx.load(exported.file(exported.parts["transformer"].files["fp32"].path))
     found = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
-    name = "transformer_blocks.0.attn.to_q.weight"
-    expected = parts.module(tiny_checkpoint, "transformer").model.state_dict()[name]
+    state = parts.module(tiny_checkpoint, "transformer").model.state_dict()
     # A MatMul wants [in, out], a linear layer keeps [out, in].
-    assert np.array_equal(found[name].T, expected)
+    for name in (
+        "transformer_blocks.0.attn.to_v.weight",
+        "single_transformer_blocks.0.proj_mlp.weight",
+    ):
+        assert np.array_equal(found[name].T, state[name])
+    # Of a head's queries and keys the even channels come first (`export.rotary`).
+    name = "transformer_blocks.0.attn.to_k.weight"
+    size = state["transformer_blocks.0.attn.norm_k.weight"].numel()
+    heads = state[name].numpy().reshape(-1, size, state[name].shape[1])
+    halves = np.concatenate([heads[:, ::2], heads[:, 1::2]], axis=1)
+    assert np.array_equal(found[name].T, halves.reshape(state[name].shape))
 
 
 def test_the_golden_image_is_made_again(exported):

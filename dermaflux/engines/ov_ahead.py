@@ -83,18 +83,20 @@ class Item:
         self._ahead = ahead
         self._pooled = np.ascontiguousarray(pooled)
         self._guidance = guidance
-        self._timesteps = np.asarray(timesteps, np.float32)
+        self._timesteps = np.asarray(timesteps, np.float32) + np.float32(0)
         self._of = (self._pooled.tobytes(), b"" if guidance is None else guidance.tobytes())
         self._block: dict[_Key, Array] = {}
 
     def row(self, timestep: Array) -> Array:
         """The row of a timestep [], float32 [width]: kept, or made with those that come after."""
-        key = (*self._of, np.float32(timestep).tobytes())
+        # Two noughts are equal and differ in a bit: a sum with one is the other.
+        time = np.float32(timestep) + np.float32(0)
+        key = (*self._of, time.tobytes())
         row = self._block.get(key)
         if row is None:
             row = self._ahead.known(key)
         if row is None:
-            self._block = self._made(np.float32(timestep))
+            self._block = self._made(time)
             self._ahead.keep(self._block)
             row = self._block[key]
         return row

@@ -54,8 +54,15 @@ def test_a_prompt_that_comes_again_finds_its_rows_made() -> None:
 @pytest.mark.parametrize("times", [TIMES[:0], TIMES[:3], TIMES])
 def test_a_time_that_nobody_announced_is_computed(times: np.ndarray) -> None:
     item = Ahead(Computes(), WIDTH, guided=False).item(pooled(0), None, times)
-    for time in (np.float32(0.77), np.float32(0.01)):
+    for time in (np.float32(0.77), np.float32(0.01), np.float32("nan")):
         np.testing.assert_allclose(item.row(time), np.full(WIDTH, time))
+
+
+@pytest.mark.parametrize(("announced", "asked"), [(0.0, -0.0), (-0.0, 0.0), (-0.0, -0.0)])
+def test_nought_has_no_sign(announced: float, asked: float) -> None:
+    times = np.array([1, announced], np.float32)
+    item = Ahead(Computes(), WIDTH, guided=False).item(pooled(0), None, times)
+    np.testing.assert_array_equal(item.row(np.float32(asked)), np.zeros(WIDTH))
 
 
 def test_what_is_kept_is_bounded_and_a_picture_keeps_its_own(monkeypatch) -> None:

@@ -1,7 +1,7 @@
 """What an engine says of how it was opened, for people: `what is not in 8 bits is in bf16, ...`.
 
 Most have nothing to say. OpenVINO tries a classifier in bf16 where the processor has it, and what
-came of that is known only once the file is open (`dermaflux.engines.ov`).
+came of that is known only once the file is open (`dermaflux.engines.ov_engine`).
 
     >>> note_of(load(bundle, choose(bundle, "classifier")))
     'what is not in 8 bits is in bf16, 8.1e-03 from fp32'

@@ -256,10 +256,10 @@ class Core:
 def test_openvino_is_told_what_to_compute_in(
     tiny_bundle, monkeypatch, engine, precision, device, hint
 ):
-    from dermaflux.engines import Choice, ov
+    from dermaflux.engines import Choice, ov_library
 
     core = Core()
-    monkeypatch.setattr(ov, "core", lambda: core)
+    monkeypatch.setattr(ov_library, "_cores", [core])
     part = tiny_bundle.parts["transformer"]
     files = {precision: part.files["fp32"]}
     parts = {**tiny_bundle.parts, "transformer": replace(part, files=files)}

@@ -12,9 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from dermaflux.engines import OPENVINO, Choice, ov
-from dermaflux.engines.ov import OpenVinoEngine
+from dermaflux.engines import OPENVINO, Choice, ov, ov_library
+from dermaflux.engines.ov_engine import OpenVinoEngine
 from dermaflux.engines.ov_graph import hoist, read, unsigned
+from dermaflux.engines.ov_settings import has_bf16
 from dermaflux.flow import noise
 
 STEP = 0.03125
@@ -137,10 +138,10 @@ def test_a_classifier_is_in_bf16_where_that_is_near(
     tiny_bundle, monkeypatch, caplog, part, precision, off, computes
 ):
     core = Able(off)
-    monkeypatch.setattr(ov, "core", lambda: core)
+    monkeypatch.setattr(ov_library, "_cores", [core])
     file = replace(tiny_bundle.parts[part].files["fp32"], parity=None)
     parts = {part: replace(tiny_bundle.parts[part], files={precision: file})}
-    with caplog.at_level(logging.INFO, "dermaflux.engines.ov"):
+    with caplog.at_level(logging.INFO, "dermaflux.engines.ov_engine"):
         made = ov.load(replace(tiny_bundle, parts=parts), Choice(part, OPENVINO, precision, ""))
     assert made.computes == computes
     tried = part == "classifier" and precision != "fp32"
@@ -151,7 +152,7 @@ def test_a_classifier_is_in_bf16_where_that_is_near(
 
 def test_this_processor_is_asked(tiny_bundle):
     made = ov.load(tiny_bundle, Choice("classifier", OPENVINO, "int8", ""))
-    assert (made.note != "") == ov.has_bf16()
+    assert (made.note != "") == has_bf16()
 
 
 def test_what_is_turned_is_rounded_first(tmp_path):
@@ -178,7 +179,7 @@ def test_what_is_turned_is_rounded_first(tmp_path):
     file = tmp_path / "model.onnx"
     made = helper.make_graph(nodes, "turned", ends[:1], ends[1:], held)
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), file)
-    core = ov.openvino.Core()
+    core = ov.core()
     model = core.read_model(str(file))
     x = noise(3, (5, 3, 4)).astype(np.float32)
     before = core.compile_model(model, "CPU")({"x": x})["y"]

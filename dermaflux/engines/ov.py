@@ -18,14 +18,14 @@ from typing import Final
 from dermaflux.bundle import Bundle
 from dermaflux.engines import OPENVINO, OPENVINO_NPU, Choice
 from dermaflux.engines.ov_decoder import Decoder, rewrite
-from dermaflux.engines.ov_denoiser import STEPPING, Denoiser
+from dermaflux.engines.ov_denoiser import Denoiser
 from dermaflux.engines.ov_engine import OpenVinoEngine as OpenVinoEngine
 from dermaflux.engines.ov_graph import read
 from dermaflux.engines.ov_library import core as core
 from dermaflux.engines.ov_rewrite import attentions, joined
 from dermaflux.engines.ov_settings import told
 from dermaflux.engines.ov_shapes import MOST_FIXED_BYTES
-from dermaflux.engines.ov_split import split
+from dermaflux.engines.ov_split import STEPPING, split
 from dermaflux.engines.sizes import shape_of, sizes
 from dermaflux.errors import EngineError, translated
 

@@ -4,7 +4,7 @@ The file's graph is put in the words that the plugin computes fastest (`ov_rewri
 three (`ov_split`): what a picture keeps is computed once, at `bind`; modulation some steps ahead
 (`ov_ahead`); the step is what remains. A small one is compiled for each shape (`ov_shapes`).
 
-    >>> engine = denoiser(Path("bundles/mini/transformer/model_int8.onnx"), "int8")
+    >>> engine = ov.opened(Path("bundles/mini/transformer/model_int8.onnx"), "int8")
     >>> step = engine.bind(constant, timesteps)
     >>> step({"hidden_states": tokens, "timestep": timestep})["out_hidden_states"]
 
@@ -26,11 +26,9 @@ from dermaflux.engines import Array, Arrays
 from dermaflux.engines.ov_ahead import Ahead, Item
 from dermaflux.engines.ov_library import openvino
 from dermaflux.engines.ov_shapes import Shaped, Slot
-from dermaflux.engines.ov_split import MODULATION, Split
+from dermaflux.engines.ov_split import MODULATION, STEPPING, Split
 from dermaflux.errors import EngineError, translated
 
-STEPPING: Final = ("hidden_states", "timestep")
-"""Inputs that differ from step to step."""
 _OF_ALL: Final = ("img_ids", "txt_ids")
 """Inputs without an axis of the batch."""
 _PIECES: Final = (8, 4, 2, 1)

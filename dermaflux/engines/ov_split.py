@@ -6,12 +6,12 @@ modulation, 27 % of FLUX.1's weights, which can be computed for many steps in on
 that is handed the whole graph computes all of it in every step. `split` cuts it at the values that
 lead from those nodes into the rest; numbers stay what they were.
 
-    >>> parts = split(read(core(), Path("model_int8.onnx")))
+    >>> parts = split(read(core(), Path("bundles/mini/transformer/model_int8.onnx")))
     >>> [value.get_any_name() for value in parts.step.inputs]
     ['hidden_states', 'pooled_projections', 'kept.0', 'kept.1', 'modulation']
 
-A graph that cannot be cut so (a value of another form than one vector an item) is None, and runs
-as it is.
+A graph that cannot be cut so (a value of another form than one vector an item, or a part that asks
+for the shape of an input that it does not get) is None, and runs as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from dermaflux.engines.ov_library import openvino
 
 opset13 = openvino.opset13
 
+STEPPING: Final = ("hidden_states", "timestep")
+"""Inputs that differ from step to step."""
 TIME: Final = frozenset({"timestep", "guidance", "pooled_projections"})
 """Inputs of all that a step's time decides."""
 KEPT: Final = frozenset({"encoder_hidden_states", "img_ids", "txt_ids"})
@@ -45,8 +47,7 @@ class Split:
 
 
 def split(model: Any) -> Split | None:
-    """Cut a graph, of which nothing else can be made then; None, and the graph as it was, where it
-    cannot be cut."""
+    """Cut a graph, of which nothing else can be made then; None where it cannot be cut."""
     _once(model)
     needs = _needs(model)
     timed = list(_cut(model, needs, TIME))
@@ -68,7 +69,17 @@ def split(model: Any) -> Split | None:
         made = _input(f"kept.{index}", value.get_partial_shape())
         inputs.append(made)
         _lead(value, needs, KEPT, made.output(0))
-    return Split(before, modulation, _part(model.get_results(), [*given, *inputs]))
+    parts = Split(before, modulation, _part(model.get_results(), [*given, *inputs]))
+    return parts if _handed(parts) else None
+
+
+def _handed(parts: Split) -> bool:
+    """Whether each part asks for what it is given alone, were it for a shape."""
+    kept, modulation, step = (
+        {port.get_any_name() for port in part.inputs}
+        for part in (parts.kept, parts.modulation, parts.step)
+    )
+    return modulation <= TIME and not kept & set(STEPPING) and "timestep" not in step
 
 
 def _once(model: Any) -> None:

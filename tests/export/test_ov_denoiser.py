@@ -16,11 +16,11 @@ from dermaflux import flow
 from dermaflux.bundle import Bundle
 from dermaflux.engines import OPENVINO, Choice, load, ov, ov_shapes
 from dermaflux.engines.ov import OpenVinoEngine, opened
-from dermaflux.engines.ov_denoiser import STEPPING, Denoiser
+from dermaflux.engines.ov_denoiser import Denoiser
 from dermaflux.engines.ov_graph import read
 from dermaflux.engines.ov_library import core
 from dermaflux.engines.ov_rewrite import attentions, joined
-from dermaflux.engines.ov_split import split
+from dermaflux.engines.ov_split import STEPPING, split
 from dermaflux.errors import EngineError
 from export.shapes import examples
 

@@ -24,7 +24,7 @@ from dermaflux.engines.ov_graph import read
 from dermaflux.engines.ov_library import core as core
 from dermaflux.engines.ov_rewrite import attentions, joined
 from dermaflux.engines.ov_settings import told
-from dermaflux.engines.ov_shapes import MOST_FIXED_BYTES
+from dermaflux.engines.ov_shapes import kept_at_once
 from dermaflux.engines.ov_split import STEPPING, split
 from dermaflux.engines.sizes import shape_of, sizes
 from dermaflux.errors import EngineError, translated
@@ -110,7 +110,7 @@ def opened(graph: Path, precision: str, threads: int | None = None) -> OpenVinoE
         found,
         kinds,
         lambda one: core().compile_model(one, "CPU", settings),
-        _bytes(graph) <= MOST_FIXED_BYTES,
+        kept_at_once(_bytes(graph)),
     )
 
 

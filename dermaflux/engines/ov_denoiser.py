@@ -47,8 +47,8 @@ class _Piece:
 
 
 class Denoiser:
-    """An engine over the three graphs of a transformer. `compiled` compiles a model, and `fixed`
-    has it done for each shape."""
+    """An engine over the three graphs of a transformer. `compiled` compiles a model, which
+    is done for each shape, and `shapes` of them are kept; of 0 it is done once for all."""
 
     def __init__(
         self,
@@ -58,17 +58,17 @@ class Denoiser:
         parts: Split,
         inputs: Mapping[str, np.dtype[Any]],
         compiled: Callable[[Any], Any],
-        fixed: bool,
+        shapes: int,
     ) -> None:
         self.name = name
         self.precision = precision
         self.note = ""
         self._graph = graph
         self._inputs = inputs
-        self._fixed = fixed
-        self._kept = Shaped(parts.kept, compiled, fixed)
-        self._modulation = Shaped(parts.modulation, compiled, fixed)
-        self._step = Shaped(parts.step, compiled, fixed)
+        self._fixed = shapes > 0
+        self._kept = Shaped(parts.kept, compiled, shapes)
+        self._modulation = Shaped(parts.modulation, compiled, shapes)
+        self._step = Shaped(parts.step, compiled, shapes)
         self._outputs = [port.get_any_name() for port in parts.step.outputs]
         (tokens,) = (p for p in parts.step.inputs if p.get_any_name() == STEPPING[0])
         (row,) = (p for p in parts.step.inputs if p.get_any_name() == MODULATION)
@@ -127,7 +127,8 @@ class Denoiser:
 
         # Whoever lets go of the function lets others use its requests.
         for piece, slot in taken:
-            weakref.finalize(step, slot.give, piece.request)
+            # At the end of the process nobody takes them any more.
+            weakref.finalize(step, slot.give, piece.request).atexit = False
         return step
 
     def _cut(self, batch: int) -> Iterator[slice]:

@@ -5,7 +5,7 @@ that a graph of fixed sizes places where they belong from the start. So a small 
 take milliseconds, is compiled for the shapes that it gets; a large one is not, since every compiled
 graph holds weights of its own and what is gained is nothing beside its products.
 
-    >>> shaped = Shaped(model, compile_for, fixed=True)
+    >>> shaped = Shaped(model, compile_for, most=kept_at_once(10_000_000))
     >>> with shaped.request({"x": (2, 64)}) as request:
     ...     request.infer({"x": x})
 """
@@ -23,8 +23,19 @@ MOST_FIXED_BYTES: Final = 128 * 2**20
 """Of a graph's file that is compiled for shape after shape."""
 MOST: Final = 12
 """Shapes that stay compiled: batches of 1, 2, 4 and 8 in three sizes of picture."""
+LEAST: Final = 4
+"""Shapes that stay compiled whatever they take: the batches of one size."""
+_KEPT_BYTES: Final = 512 * 2**20
+"""Of all that stay compiled beyond `LEAST`, each taken for a file."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def kept_at_once(size: int) -> int:
+    """For how many shapes a graph of a file of `size` bytes stays compiled; 0: it is for all."""
+    if size > MOST_FIXED_BYTES:
+        return 0
+    return max(LEAST, min(MOST, _KEPT_BYTES // max(size, 1)))
 
 
 class Slot:
@@ -47,33 +58,45 @@ class Slot:
 
 
 class Shaped:
-    """A model, compiled by `compiled`. With `fixed` for one set of shapes at a time, of which the
-    `MOST` last used are kept. Safe to use from several threads."""
+    """A model, compiled by `compiled` for one set of shapes at a time, of which the `most` last
+    used are kept; of 0 it is compiled once for all. Safe to use from several threads."""
 
-    def __init__(self, model: Any, compiled: Callable[[Any], Any], fixed: bool) -> None:
+    def __init__(self, model: Any, compiled: Callable[[Any], Any], most: int) -> None:
         self._compiled = compiled
-        self._fixed = fixed
+        self._most = most
         self.inputs = tuple(port.get_any_name() for port in model.inputs)
         self._slots: OrderedDict[tuple[tuple[int, ...], ...], Slot] = OrderedDict()
-        self._making = Lock()
+        self._looking, self._making = Lock(), Lock()
         self._model = model
-        if not fixed:
+        if not most:
             # At once, for a model that is kept besides would hold a large one's weights twice.
             self._slots[()] = Slot(compiled(model))
             self._model = None
 
     def slot(self, shapes: Shapes) -> Slot:
         """What is compiled for these shapes of the inputs, made now where there is none."""
-        key = tuple(tuple(shapes[name]) for name in self.inputs) if self._fixed else ()
-        # A second caller with the same shapes waits for the first one's.
+        key = tuple(tuple(shapes[name]) for name in self.inputs) if self._most else ()
+        slot = self._known(key)
+        if slot is not None:
+            return slot
+        # A second caller with the same shapes waits for the first one's; those whose shapes are
+        # compiled do not.
         with self._making:
-            slot = self._slots.get(key)
+            slot = self._known(key)
             if slot is None:
                 self._model.reshape({name: list(shapes[name]) for name in self.inputs})
-                slot = self._slots[key] = Slot(self._compiled(self._model))
-                if len(self._slots) > MOST:
-                    self._slots.popitem(last=False)
-            self._slots.move_to_end(key)
+                slot = Slot(self._compiled(self._model))
+                with self._looking:
+                    self._slots[key] = slot
+                    if len(self._slots) > self._most:
+                        self._slots.popitem(last=False)
+            return slot
+
+    def _known(self, key: tuple[tuple[int, ...], ...]) -> Slot | None:
+        with self._looking:
+            slot = self._slots.get(key)
+            if slot is not None:
+                self._slots.move_to_end(key)
             return slot
 
     @contextmanager
@@ -88,5 +111,5 @@ class Shaped:
 
     def compiled(self) -> tuple[Any, ...]:
         """All that is compiled now, the last used first."""
-        with self._making:
+        with self._looking:
             return tuple(slot.compiled for slot in reversed(self._slots.values()))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dermaflux.engines.ov_shapes import MOST, Shaped
+from dermaflux.engines.ov_shapes import LEAST, MOST, MOST_FIXED_BYTES, Shaped, kept_at_once
 
 
 class Model:
@@ -40,7 +40,7 @@ def shaped(fixed: bool) -> tuple[Shaped, list[Compiled]]:
         made.append(Compiled(dict(model.shapes)))
         return made[-1]
 
-    return Shaped(Model(), compiled, fixed), made
+    return Shaped(Model(), compiled, MOST if fixed else 0), made
 
 
 def of(batch: int) -> dict[str, tuple[int, ...]]:
@@ -97,3 +97,33 @@ def test_threads_that_ask_at_once_compile_once() -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(ask, range(6)))
     assert len(made) == 2
+
+
+def test_a_shape_that_is_compiled_does_not_wait_for_another() -> None:
+    compiling, over = threading.Event(), threading.Event()
+
+    def compiled(model: Any) -> Compiled:
+        if model.shapes == {"a": [2, 3], "b": [2]}:
+            compiling.set()
+            assert over.wait(10)
+        return Compiled(dict(model.shapes))
+
+    graph = Shaped(Model(), compiled, MOST)
+    first = graph.slot(of(1))
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(graph.slot, of(2))
+        assert compiling.wait(10)
+        found = pool.submit(graph.slot, of(1))
+        try:
+            assert found.result(5) is first
+            assert len(graph.compiled()) == 1
+        finally:
+            over.set()
+        assert second.result(10) is graph.slot(of(2))
+
+
+def test_the_larger_a_graph_the_fewer_of_it_are_kept() -> None:
+    assert kept_at_once(0) == kept_at_once(10 * 2**20) == MOST
+    assert LEAST < kept_at_once(80 * 2**20) < MOST
+    assert kept_at_once(MOST_FIXED_BYTES) == LEAST
+    assert kept_at_once(MOST_FIXED_BYTES + 1) == 0

@@ -68,7 +68,7 @@ def engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Denoiser:
     if not request.param:
-        monkeypatch.setattr(ov, "MOST_FIXED_BYTES", 0)
+        monkeypatch.setattr(ov_shapes, "MOST_FIXED_BYTES", 0)
     _, graph, precision = case
     made = opened(graph, precision, threads=2)
     assert isinstance(made, Denoiser)
@@ -196,7 +196,7 @@ def test_a_bundle_is_opened_so(exported):
 
 
 def test_shapes_that_stay_compiled_are_few(exported, monkeypatch):
-    monkeypatch.setattr(ov_shapes, "MOST", 2)
+    monkeypatch.setattr(ov, "kept_at_once", lambda size: 2)
     engine = opened(graph_of(exported, "fp32"), "fp32", threads=1)
     sizes = [(4, 4), (4, 6), (4, 8)]
     before = [engine.run(inputs(exported, 1, *size))["out_hidden_states"] for size in sizes]

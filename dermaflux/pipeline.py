@@ -106,7 +106,7 @@ class Pipeline:
         `device`, with torch.compile if `compile`; as diffusers does, or with a `tier` by our own
         forward. `in_turns` forces that parts stay in memory
         together (False) or take turns (True), whatever the plan says; it is made for an image of
-        `height` x `width`, the bundle's default if not given.
+        `height` x `width`, the bundle's default if not given, and so is what engines prepare.
 
         Raises:
             BundleError: the bundle cannot be opened.
@@ -128,6 +128,8 @@ class Pipeline:
             tier=chosen,
         )
 
+        first = (height or bundle.defaults.height, width or bundle.defaults.width)
+
         def make(part: str) -> Engine:
             return load(
                 bundle,
@@ -136,6 +138,7 @@ class Pipeline:
                 threads=threads,
                 compile=compile,
                 fast=chosen is not None,
+                size=first,
             )
 
         return cls(

@@ -166,9 +166,12 @@ def load(
     compile: bool = False,
     fast: bool = False,
     outputs: Collection[str] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Engine:
     """Make the engine of a choice; `threads` is per engine, all usable cores without it. Where only
-    some `outputs` are read, an engine may leave out the others.
+    some `outputs` are read, an engine may leave out the others. `size` is height and width in
+    pixels of what will be drawn first, the bundle's default if not given: an engine may be ready
+    for it sooner, and gives the same numbers.
 
     `checkpoint`, `compile` (torch.compile) and `fast` (our own forward, `dermaflux.engines.flux`,
     instead of diffusers') are for `eager` alone.
@@ -208,7 +211,7 @@ def load(
         return OrtEngine(graph, choice.precision, threads)
     from dermaflux.engines import ov
 
-    return ov.load(bundle, choice, threads, outputs)
+    return ov.load(bundle, choice, threads, outputs, size)
 
 
 def installed(engine: str) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from dermaflux.bundle import Bundle
+from dermaflux.bundle import Bundle, Limits
 from dermaflux.engines import OPENVINO, OPENVINO_NPU, Choice
 from dermaflux.engines.ov_decoder import Decoder, rewrite
 from dermaflux.engines.ov_denoiser import Denoiser
@@ -41,8 +41,10 @@ def load(
     choice: Choice,
     threads: int | None = None,
     outputs: Collection[str] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> OpenVinoEngine | Denoiser | Decoder:
-    """The engine of a choice of one of OpenVINO's devices; `outputs` as in `OpenVinoEngine`.
+    """The engine of a choice of one of OpenVINO's devices; `outputs` as in `OpenVinoEngine`, `size`
+    as in `dermaflux.engines.load`.
 
     Raises:
         EngineError: see `OpenVinoEngine`.
@@ -52,9 +54,11 @@ def load(
     if choice.part == "transformer" and choice.engine == OPENVINO:
         made = opened(bundle.file(file.path), choice.precision, threads)
         if isinstance(made, Denoiser):
-            made.prepare(_usual(bundle, choice.part))
+            made.prepare(_usual(bundle, choice.part, size))
         return made
     if choice.part == "vae_decoder" and choice.engine == OPENVINO:
+        # Not of `size`: its model of the usual size rounds otherwise than the one for all others,
+        # and a picture must not depend on what it was opened for.
         graph = bundle.file(file.path)
         return Decoder(
             lambda shapes: OpenVinoEngine(
@@ -114,11 +118,21 @@ def opened(graph: Path, precision: str, threads: int | None = None) -> OpenVinoE
     )
 
 
-def _usual(bundle: Bundle, part: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of a part's inputs for one picture of the bundle's usual size."""
-    defaults = bundle.defaults
-    free = sizes(bundle.model.scale, 1, defaults.height, defaults.width)
+def _usual(
+    bundle: Bundle, part: str, size: tuple[int, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of a part's inputs for one picture of a size: the bundle's usual one if none is given,
+    or one that will be refused."""
+    height, width = bundle.defaults.height, bundle.defaults.width
+    if size is not None and all(_drawn(side, bundle.limits) for side in size):
+        height, width = size
+    free = sizes(bundle.model.scale, 1, height, width)
     return {tensor.name: shape_of(tensor, free) for tensor in bundle.parts[part].inputs}
+
+
+def _drawn(side: int, limits: Limits) -> bool:
+    """Whether pictures of so many pixels a side are drawn."""
+    return limits.min_size <= side <= limits.max_size and side % limits.size_multiple == 0
 
 
 def _bytes(graph: Path) -> int:

@@ -195,6 +195,24 @@ def test_a_bundle_is_opened_so(exported):
     assert not isinstance(other, Denoiser)
 
 
+def test_the_size_that_is_asked_for_first_is_ready_alone(exported):
+    height, width = exported.limits.min_size, exported.defaults.width
+    made = load(exported, Choice("transformer", OPENVINO, "int8", ""), size=(height, width))
+    assert isinstance(made, Denoiser)
+    before = made.compiled()
+    cells = exported.model.scale
+    made.run(inputs(exported, 1, height // cells, width // cells))
+    assert made.compiled() == before
+    assert len(before) == 3
+    # One that nobody will be given is not tried.
+    for sizes in ((height, 2**20), (height + 1, width), (0, width)):
+        made = load(exported, Choice("transformer", OPENVINO, "int8", ""), size=sizes)
+        before = made.compiled()
+        usual = (exported.defaults.height // cells, exported.defaults.width // cells)
+        made.run(inputs(exported, 1, *usual))
+        assert made.compiled() == before
+
+
 def test_shapes_that_stay_compiled_are_few(exported, monkeypatch):
     monkeypatch.setattr(ov, "kept_at_once", lambda size: 2)
     engine = opened(graph_of(exported, "fp32"), "fp32", threads=1)

@@ -107,8 +107,7 @@ def encode_png(pixels: NDArray[np.uint8], text: Mapping[str, str]) -> bytes:
     info.add_itxt(_XMP_KEY, _xmp())
     stream = io.BytesIO()
     picture = Image.fromarray(pixels)
-    # Fine grain repeats itself by runs at most, so deflate need not search for more: half the time,
-    # and files no larger.
+    # Fine grain repeats itself by runs at most, so deflate need not search for more.
     picture.save(stream, format="PNG", pnginfo=info, compress_level=1, compress_type=zlib.Z_RLE)
     return stream.getvalue()
 

@@ -12,9 +12,7 @@ RMSNormalization, which engines have kernels for; opset 20 spells them out.
 Two things of diffusers' transformer are said in other words before tracing, with equal results
 (the tests compare): positions are computed in float32 instead of float64, which most engines do
 not have, and rotation is the operator RotaryEmbedding instead of stacked slices, by halves of a
-head instead of neighbouring channels (`export.rotary`). A step of a transformer of 9 M parameters
-at batch 4, OpenVINO on one core: 90 ms at opset 20, 86 ms at opset 23, 73 ms with RotaryEmbedding;
-in int8 on two cores 38 ms without it and 28 ms with it.
+head instead of neighbouring channels (`export.rotary`).
 
 The exporter's optimizer folds what is constant, and it would fold the transposed weights of the
 linear layers in memory, and keep them; so they are transposed on the way from the shard instead,

@@ -15,7 +15,7 @@ __all__ = ["core", "openvino"]
 _CONVERTER: Final = "openvino.tools.ovc"
 
 # OpenVINO goes without its model converter where there is none. It is not needed to run a model,
-# and importing it takes a third of the time of all and brings a telemetry client along.
+# takes long to import and brings a telemetry client along.
 _absent = _CONVERTER not in sys.modules
 if _absent:
     sys.modules[_CONVERTER] = None  # type: ignore[assignment]

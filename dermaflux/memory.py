@@ -6,10 +6,12 @@
 Bytes of a part = weights * copies + images * activations, and 0.1 GB (CPU) or 0.8 GB (GPU) for each
 device's libraries. Weights are the sizes of the files, `bundle.json` has them. `copies` were
 measured on CPUs with the embedded default (resident memory after loading): ONNX Runtime keeps 1.3
-times the weights, OpenVINO 2.4 times, its own layout beside the file's. GPUs keep one copy; that,
-and the libraries' share there, are assumptions that no GPU has confirmed yet.
+times the weights, OpenVINO 2.4 times, its own layout beside the file's. A small transformer that
+OpenVINO compiles for each shape is counted for one: whoever asks for many sizes and batches has
+more of them, up to some 0.5 GB (`dermaflux.engines.ov_shapes`). GPUs keep one copy; that, and the
+libraries' share there, are assumptions that no GPU has confirmed yet.
 
-Activations of one image, in numbers, at their peak (measured: 0.8 to 1.0 of this on CPUs):
+Activations of one image, in numbers, at their peak (measured: 0.8 to 1.1 of this on CPUs):
 
 * transformer, S text and image tokens of width D, H heads: 16 S D + 3 H S^2
 * decoder to X x Y pixels, C channels at full size, T latent cells: max(5 X Y C, 1.2 T^2)

@@ -26,6 +26,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 from dermaflux import gains
 from dermaflux.decode import Pixels
@@ -42,6 +43,10 @@ from serving.ticket import Done, Item, News, Position, Snapshot, Ticket, items
 from serving.waiting import Waiting, taken
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS: Final = 10.0
+"""For which learning what batches gain lets requests go first: an engine may have to prepare for
+each batch that it has not seen, and the first callers after a start would wait for that."""
 
 
 class Drawing:
@@ -62,6 +67,7 @@ class Drawing:
         self._limit = self._forced or 1
         self._gains: Gains | None = None
         self._measuring: Iterator[Gains] | None = None
+        self._patient_until = 0.0
         self._pace = Pace()
         self._easel = Easel(pipeline, metrics, self.end, self._deliver)
         # Guards all below; notified of whatever the thread or `drained` may wait for.
@@ -122,11 +128,13 @@ class Drawing:
     def learn(self) -> None:
         """Measure what batches gain, and draw that many together; not where the limit is forced.
 
-        Returns at once. What cannot be measured is logged, and what is known by then holds.
+        Returns at once. Requests that are here go first, for a while (`PATIENCE_SECONDS`). What
+        cannot be measured is logged, and what is known by then holds.
         """
         with self._changed:
             if self._forced is None and not self._closed:
                 self._measuring = gains.measuring(self._pipeline)
+                self._patient_until = time.monotonic() + PATIENCE_SECONDS
                 self._begin()
                 self._changed.notify_all()
 
@@ -185,9 +193,12 @@ class Drawing:
             atexit.register(self._finish)
 
     def _learn_more(self) -> None:
-        """One step of measuring, where it is not over."""
+        """One step of measuring, where it is not over and nobody is to go first."""
         if self._measuring is None:
             return
+        with self._changed:
+            if (self._running or self._waiting) and time.monotonic() < self._patient_until:
+                return
         try:
             found = next(self._measuring, None)
         except Exception:

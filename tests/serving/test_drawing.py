@@ -282,6 +282,26 @@ def test_the_wait_is_told_from_what_was_measured(house, monkeypatch):
     free.close()
 
 
+def test_who_comes_right_after_the_start_goes_first(house, monkeypatch):
+    here = house(limit=None)
+    asked: list[int] = []
+
+    def measuring(_: Pipeline) -> Iterator[Gains]:
+        for _ in range(3):
+            asked.append(len(here.gate.batches))
+            yield Gains((64, 64), {1: 1.0})
+
+    monkeypatch.setattr("dermaflux.gains.measuring", measuring)
+    here.gate.open = False
+    ticket = here.drawing.submit([ask(steps=5)], "a")
+    here.gate.wait_for(1)
+    here.drawing.learn()
+    here.gate.release()
+    images(ticket)
+    until(lambda: here.drawing._measuring is None)
+    assert asked == [5, 5, 5], "after its five steps"
+
+
 def test_what_batches_gain_is_measured_beside_what_is_drawn(house, fake_pipeline, monkeypatch):
     """Who comes right after the start waits for one step of measuring, not for all; and an engine
     that cannot do the largest batch leaves what is known by then."""
@@ -297,6 +317,7 @@ def test_what_batches_gain_is_measured_beside_what_is_drawn(house, fake_pipeline
         raise EngineError("no memory for four")
 
     monkeypatch.setattr("dermaflux.gains.measuring", measuring)
+    monkeypatch.setattr("serving.drawing.PATIENCE_SECONDS", 0)
     here.gate.open = False
     tickets = [here.drawing.submit([ask(n, steps=4)], "a") for n in range(2)]
     here.gate.wait_for(1)

@@ -3,9 +3,10 @@
 timm makes queries, keys and values in one product [B, N, 3 D] and takes them apart afterwards,
 which costs two passes over memory that no arithmetic pays for. Here they are three products over
 the same input, whose results go into the attention as they are, and the attention is spelled out:
-products, a factor, a softmax. Queries, keys and values are in 8 bits where their ranges are known.
-The softmax is not: symmetric 8 bits have 127 steps for what has no sign. OpenVINO rounds it to 255
-when it reads the file (`dermaflux.engines.ov_attention`).
+products, a factor, a softmax. Queries, keys and values are in 8 bits where their ranges are known,
+and with the values what the softmax makes, whose range is one: TensorRT takes both factors of a
+product in 8 bits or none. Symmetric ones have 127 steps for what has no sign; OpenVINO rounds to
+255 as it reads the file (`dermaflux.engines.ov_attention`).
 
     >>> names = split(model)                    # before `export.quantized`
     >>> in8(model, names, "int8", seen)
@@ -29,6 +30,8 @@ _PARTED: Final = [2, 0, 3, 1, 4]
 """How timm turns [B, N, 3, heads, size]: the three first."""
 _TAKES: Final = {"query": ("scores", 0), "key": ("scores", 1), "value": ("mixed", 1)}
 """Which product of the attention takes a factor, and as which of its inputs."""
+_LARGEST_WEIGHT: Final = 1.0
+"""That a softmax can make."""
 
 
 def split(model: onnx_ir.Model) -> tuple[str, ...]:
@@ -77,6 +80,10 @@ def in8(model: onnx_ir.Model, names: Sequence[str], kind: str, seen: Channels) -
             made = pair(Place(product, f"{name}.{what}.made"), source, float(largest.max()), kind)
             product.replace_input_with(index, made)
             count += 1
+            weights = product.inputs[0]
+            if what == "value" and weights is not None:
+                place = Place(product, f"{name}.weights.made")
+                product.replace_input_with(0, pair(place, weights, _LARGEST_WEIGHT, kind))
     return count
 
 

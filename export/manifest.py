@@ -18,7 +18,7 @@ from dermaflux import __version__
 from dermaflux.bundle import SCHEMA, Data, File, Golden, Licence, Parity, Part, Tensor, sha256
 from dermaflux.checkpoint import UNKNOWN_LICENCE, Checkpoint
 from dermaflux.prompt import WORDING
-from export.recipes import EMULATED, MAY_RUN
+from export.recipes import EMULATED, may_run
 from export.shapes import describe
 from export.verify import Graph
 
@@ -89,7 +89,7 @@ def _file(folder: Path, graph: Graph, engines: Sequence[str]) -> File:
     return File(
         **asdict(_data(folder, graph.path)),
         data=(_data(folder, data),) if data.exists() else (),
-        engines=tuple(name for name in MAY_RUN[graph.precision] if name in engines),
+        engines=tuple(name for name in may_run(graph.part, graph.precision) if name in engines),
         compared=graph.compared,
         emulated=tuple(n for n in EMULATED.get(graph.precision, ()) if n in engines),
         quantized_ops=graph.operations,

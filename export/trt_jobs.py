@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from dermaflux.bundle import Bundle
+from dermaflux.engines import TENSORRT
 from dermaflux.engines.trt_plan import Hardware, graph_files, plan_path
 from dermaflux.errors import EngineError
 from export.shapes import Size
@@ -77,10 +78,15 @@ def plan_jobs(
 
 
 def _best(bundle: Bundle, part: str, hardware: Hardware) -> str:
-    """The fastest. A file whose weights alone are in 8 bits, as T5's, is not: its products run in
-    high precision, of weights that lost some."""
+    """The fastest of the files that are for TensorRT. One whose weights alone are in 8 bits, as
+    T5's, is not: its products run in high precision, of weights that lost some."""
     files = bundle.parts[part].files
-    usable = [p for p in ORDER if p in files and _number(hardware.capability) >= _least(p)]
+    meant = [p for p in ORDER if p in files and TENSORRT in files[p].engines]
+    usable = [
+        p
+        for p in meant or [p for p in ORDER if p in files]
+        if _number(hardware.capability) >= _least(p)
+    ]
     for precision in usable:
         if precision not in _QUANTIZED or both_factors(bundle.file(files[precision].path)):
             return precision

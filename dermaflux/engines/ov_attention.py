@@ -1,9 +1,9 @@
 """Both products of an attention in 8 bits, as OpenVINO's CPU takes them in one pass.
 
-A file has queries, keys and values in 8 bits (`export.attention`). Its weights, what a softmax
-makes, are rounded here, to 255 steps from nought to one: a file has no unsigned numbers, since
-TensorRT takes none, and 127 steps would be half as many. Rows of even weights lose most by it,
-those of a peak nearly nothing.
+A file has queries, keys, values and weights, what a softmax makes, in 8 bits (`export.attention`).
+Weights have no sign, and 127 steps there, since TensorRT takes no unsigned numbers. Here they are
+rounded to 255 from nought to one instead. Rows of even weights lose most by it, those of a peak
+nearly nothing.
 
 Keys are turned within the product, which packs them anyhow: OpenVINO would turn them byte by byte.
 
@@ -27,13 +27,15 @@ _SAME: Final = ("Convert", "Transpose", "Reshape")
 
 
 def weights_in8(model: Any) -> int:
-    """Round what a softmax makes wherever its only reader multiplies it with numbers that are
-    rounded too; how often."""
+    """Round what a softmax makes to 255 steps, in place of what it is rounded to, wherever its only
+    reader multiplies it with numbers that are rounded too; how often."""
     from openvino import opset13
 
     count = 0
     for softmax in model.get_ordered_ops():
         users = list(softmax.output(0).get_target_inputs()) if _is(softmax, "Softmax") else []
+        while len(users) == 1 and users[0].get_index() == 0 and _rounds(users[0].get_node()):
+            users = list(users[0].get_node().output(0).get_target_inputs())
         if len(users) != 1 or not _is(users[0].get_node(), "MatMul") or users[0].get_index() != 0:
             continue
         if not _rounded(users[0].get_node().input_value(1)):
@@ -91,6 +93,24 @@ def keys_within(model: Any) -> int:
 
 def _is(node: Any, kind: str) -> bool:
     return bool(node.get_type_name() == kind)
+
+
+def _rounds(node: Any) -> bool:
+    """Whether a node is of a pair of QuantizeLinear and DequantizeLinear as OpenVINO reads it, or
+    only changes the type."""
+    kind = node.get_type_name()
+    if kind == "Convert":
+        return True
+    others = [node.input_value(index).get_node() for index in range(1, len(node.inputs()))]
+    single = all(_single(other) for other in others)
+    return kind in ("FakeQuantize", "Subtract", "Multiply") and single
+
+
+def _single(node: Any) -> bool:
+    """Whether a node is one constant number, of whatever type."""
+    while _is(node, "Convert"):
+        node = node.input_value(0).get_node()
+    return _is(node, "Constant") and node.get_data().size == 1
 
 
 def _rounded(value: Any) -> bool:

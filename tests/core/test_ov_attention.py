@@ -50,6 +50,21 @@ def test_weights_are_rounded_to_255_steps_and_keys_turned_within(dtype):
     assert orders == [[0, 2, 1, 3]] * 3
 
 
+def test_weights_that_are_rounded_already_get_the_finer_steps():
+    """As a file has them: in 127 steps, since TensorRT takes no unsigned numbers."""
+    plain, coarse = model(), model()
+    (softmax,) = (n for n in coarse.get_ordered_ops() if n.get_type_name() == "Softmax")
+    (user,) = softmax.output(0).get_target_inputs()
+    ends = [ops.constant(np.float32(end)) for end in (-128 / 127, 1)]
+    user.replace_source_output(ops.fake_quantize(softmax, *ends, *ends, 256).output(0))
+    coarse.validate_nodes_and_infer_types()
+    exact = answer(plain)
+    before = np.abs(answer(coarse) - exact).max()
+    assert weights_in8(plain) == weights_in8(coarse) == 1
+    assert np.array_equal(answer(coarse), answer(plain))
+    assert np.abs(answer(coarse) - exact).max() < before
+
+
 def test_what_is_not_in_8_bits_stays_as_it_is():
     high = model(levels=65536)
     assert (weights_in8(high), keys_within(high)) == (0, 0)

@@ -86,7 +86,7 @@ def test_weights_too_many_for_one_file_go_beside_it(tiny_checkpoint, tmp_path):
         np.testing.assert_allclose(found["logits"], expected["logits"], atol=1e-6)
 
     seen = {layer.name: np.full(layer.width, 4, np.float32) for layer in layers(model)}
-    assert quantized(model, RECIPES["int8"]["classifier"], seen) == 4
+    assert quantized(model, RECIPES["int8"]["classifier"], seen) == 5
     write(model, apart.with_name("model_int8.onnx"), inline_bytes=1000, small=256)
     assert (apart.parent / "model_int8.onnx.data").is_file()
     found = OpenVinoEngine(apart.with_name("model_int8.onnx"), "int8").run(inputs)

@@ -58,12 +58,14 @@ def _narrow(gather: Any, row: int) -> int:
         for place in _carrying(node, axis):
             value = node.input_value(place)
             if value.get_node() not in axes:
-                before = _axis_before(node, axis)
+                before = _axis_before(node, axis, place)
                 node.input(place).replace_source_output(_sliced(value, before, row))
     for node in axes:
         if node.get_type_name() == "Reshape":
             _reshape(node)
-    gather.input(1).replace_source_output(_constant(0))
+    # Of the index's own shape: one that is a list keeps the axis that it reads.
+    shape = [axis.get_length() for axis in _shape(gather.input_value(1))]
+    gather.input(1).replace_source_output(_constant(np.zeros(shape)))
     return len(axes)
 
 
@@ -86,14 +88,22 @@ def _wanted(gather: Any) -> dict[Any, int]:
         node, axis = todo.pop()
         if node in axes or not _same_rows(node, axis):
             continue
-        users = [user.get_node() for port in node.outputs() for user in port.get_target_inputs()]
         # Whoever is read by others too gets its turn again when the last of them is known.
-        if all(user in axes or user == gather for user in users):
+        if all(_reads(user, axis, axes, gather) for user in node.output(0).get_target_inputs()):
             axes[node] = axis
-            before = _axis_before(node, axis)
-            todo += [(node.input_value(place).get_node(), before)
+            todo += [(node.input_value(place).get_node(), _axis_before(node, axis, place))
                      for place in _carrying(node, axis)]  # fmt: skip
     return axes
+
+
+def _reads(user: Any, axis: int, axes: dict[Any, int], gather: Any) -> bool:
+    """Whether an input needs that row of an axis alone; what is its own keys needs all."""
+    node, place = user.get_node(), user.get_index()
+    if node == gather:
+        return bool(place == 0 and axis == 1)
+    if node not in axes or place not in _carrying(node, axes[node]):
+        return False
+    return _axis_before(node, axes[node], place) == axis
 
 
 def _same_rows(node: Any, axis: int) -> bool:
@@ -104,6 +114,8 @@ def _same_rows(node: Any, axis: int) -> bool:
         return False
     if kind in _ALONE or kind == "ConvertLike":
         return True
+    if kind in _FIRST and len(_shape(node.input_value(0))) != last + 1:
+        return False
     if kind == "MatMul":
         return axis == last - 1 and not node.get_attributes()["transpose_a"]
     if kind == "ScaledDotProductAttention":
@@ -144,7 +156,10 @@ def _carrying(node: Any, axis: int) -> Iterable[int]:
     return found
 
 
-def _axis_before(node: Any, axis: int) -> int:
+def _axis_before(node: Any, axis: int, place: int) -> int:
+    """Which axis of an input the output's is; axes that an input lacks are its first ones."""
+    if node.get_type_name() in _ALONE:
+        return axis - len(_shape(node.output(0))) + len(_shape(node.input_value(place)))
     if node.get_type_name() != "Transpose":
         return axis
     order = _numbers(node.input_value(1))

@@ -72,10 +72,11 @@ def lengths(graph: openvino.Model, kind: str) -> list[int]:
 
 
 @pytest.mark.parametrize("row", [0, 4])
-@pytest.mark.parametrize("mask", [None, "one", "each"])
+@pytest.mark.parametrize("mask", [None, "one", "each", "heads", "flat"])
 def test_one_row_of_the_last_block_is_the_same(row, mask):
     random = np.random.default_rng(5)
-    shapes = {"one": (1, 1, 1, TOKENS), "each": (1, 1, TOKENS, TOKENS)}
+    shapes = {"one": (1, 1, 1, TOKENS), "each": (1, 1, TOKENS, TOKENS),
+              "heads": (HEADS, TOKENS, TOKENS), "flat": (TOKENS, TOKENS)}  # fmt: skip
     given = mask and ops.constant(random.standard_normal(shapes[mask], dtype=np.float32))
     before, after = model(row, mask=given), model(row, mask=given)
     assert one_row(after) > 10
@@ -106,3 +107,32 @@ def test_rows_that_are_made_of_others_are_not_cut():
     # A row that is found out by the numbers themselves.
     found = ops.convert(ops.reduce_max(given, ops.constant(np.array([0, 1, 2]))), np.int64)
     assert one_row(openvino.Model([ops.gather(block(given), found, one)], [given])) == 0
+
+
+def test_a_row_that_is_read_as_a_list_keeps_its_axis():
+    def listed() -> openvino.Model:
+        given = ops.parameter([-1, TOKENS, WIDTH], np.float32)
+        index, axis = ops.constant(np.array([2])), ops.constant(np.array(1))
+        return openvino.Model([ops.gather(block(given), index, axis)], [given])
+
+    cut = listed()
+    assert one_row(cut) > 10
+    expected, found = answer(listed()), answer(cut)
+    assert expected.shape == found.shape == (3, 1, WIDTH)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_what_is_the_second_factor_too_stays_whole():
+    def own() -> openvino.Model:
+        given = ops.parameter([-1, TOKENS, WIDTH], np.float32)
+        tokens = ops.gelu(given, "erf")
+        scores = ops.softmax(ops.matmul(tokens, tokens, False, True), -1)
+        mixed = ops.matmul(scores, weights(TOKENS, WIDTH, 1), False, False)
+        zero, one = (ops.constant(np.array(number)) for number in (0, 1))
+        return openvino.Model([ops.gather(mixed, zero, one)], [given])
+
+    cut = own()
+    assert one_row(cut) == 3
+    assert lengths(cut, "Gelu") == [TOKENS]
+    expected = answer(own())
+    assert np.abs(answer(cut) - expected).max() < 1e-5 * np.abs(expected).max()

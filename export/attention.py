@@ -5,7 +5,8 @@ which costs two passes over memory that no arithmetic pays for. Here they are th
 the same input, whose results go into the attention as they are, and the attention is spelled out:
 products, a factor, a softmax. Queries, keys and values are in 8 bits where their ranges are known,
 and with the values what the softmax makes, whose range is one: TensorRT takes both factors of a
-product in 8 bits or none. Symmetric ones have 127 steps for what has no sign; OpenVINO rounds to
+product in 8 bits or none. Neither is where there are more tokens than an even row has steps for.
+Symmetric ones have 127 steps for what has no sign; OpenVINO rounds to
 255 as it reads the file (`dermaflux.engines.ov_attention`).
 
     >>> names = split(model)                    # before `export.quantized`
@@ -32,6 +33,8 @@ _TAKES: Final = {"query": ("scores", 0), "key": ("scores", 1), "value": ("mixed"
 """Which product of the attention takes a factor, and as which of its inputs."""
 _LARGEST_WEIGHT: Final = 1.0
 """That a softmax can make."""
+_MOST_TOKENS: Final = 254
+"""Whose even weights are half of 127 steps; those of more would all be rounded to nought."""
 
 
 def split(model: onnx_ir.Model) -> tuple[str, ...]:
@@ -75,7 +78,7 @@ def in8(model: onnx_ir.Model, names: Sequence[str], kind: str, seen: Channels) -
         for what, (taker, index) in _TAKES.items():
             product = products[f"{attention}.{taker}.MatMul"]
             largest, source = seen.get(f"{attention}.{what}"), product.inputs[index]
-            if largest is None or source is None:
+            if largest is None or source is None or (what == "value" and not _few(product)):
                 continue
             made = pair(Place(product, f"{name}.{what}.made"), source, float(largest.max()), kind)
             product.replace_input_with(index, made)
@@ -85,6 +88,13 @@ def in8(model: onnx_ir.Model, names: Sequence[str], kind: str, seen: Channels) -
                 place = Place(product, f"{name}.weights.made")
                 product.replace_input_with(0, pair(place, weights, _LARGEST_WEIGHT, kind))
     return count
+
+
+def _few(mixed: onnx_ir.Node) -> bool:
+    """Whether rows of weights are known to be short enough for 8 bits."""
+    shape = mixed.outputs[0].shape
+    tokens = None if shape is None else shape[2]
+    return isinstance(tokens, int) and tokens <= _MOST_TOKENS
 
 
 def _product(attention: onnx_ir.Node) -> onnx_ir.Node | None:

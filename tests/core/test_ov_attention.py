@@ -23,17 +23,33 @@ def across(value, order):
     return ops.transpose(value, ops.constant(np.array(order)))
 
 
-def model(levels: int = 256, dtype=np.float32, users: int = 1) -> openvino.Model:
-    given = [ops.parameter(SHAPE, np.float32) for _ in range(3)]
+def model(
+    levels: int = 256, dtype=np.float32, users: int = 1, tokens: int = 9, by: float | None = None
+) -> openvino.Model:
+    shape = [*SHAPE[:1], tokens, *SHAPE[2:]]
+    given = [ops.parameter(shape, np.float32) for _ in range(3)]
     query, key, value = (ops.convert(rounded(one, levels), dtype) for one in given)
     scores = ops.matmul(across(query, [0, 2, 1, 3]), across(key, [0, 2, 3, 1]), False, False)
     weights = ops.softmax(scores, -1)
+    if by is not None:
+        weights = ops.multiply(weights, ops.constant(np.float32(by)))
     mixed = ops.matmul(weights, across(value, [0, 2, 1, 3]), False, False)
     return openvino.Model([mixed, weights][:users], given)
 
 
+def coarser(graph: openvino.Model) -> openvino.Model:
+    """Weights in 127 steps."""
+    (softmax,) = (n for n in graph.get_ordered_ops() if n.get_type_name() == "Softmax")
+    (user,) = softmax.output(0).get_target_inputs()
+    ends = [ops.constant(np.float32(end)) for end in (-128 / 127, 1)]
+    user.replace_source_output(ops.fake_quantize(softmax, *ends, *ends, 256).output(0))
+    graph.validate_nodes_and_infer_types()
+    return graph
+
+
 def answer(graph: openvino.Model) -> np.ndarray:
-    given = np.random.default_rng(0).standard_normal((3, 2, *SHAPE[1:]), dtype=np.float32)
+    shape = [2, *(axis.get_length() for axis in list(graph.input(0).get_partial_shape())[1:])]
+    given = np.random.default_rng(0).standard_normal((3, *shape), dtype=np.float32)
     return np.array(core().compile_model(graph, "CPU", HINT)(list(given))[0])
 
 
@@ -52,12 +68,7 @@ def test_weights_are_rounded_to_255_steps_and_keys_turned_within(dtype):
 
 def test_weights_that_are_rounded_already_get_the_finer_steps():
     """As a file has them: in 127 steps, since TensorRT takes no unsigned numbers."""
-    plain, coarse = model(), model()
-    (softmax,) = (n for n in coarse.get_ordered_ops() if n.get_type_name() == "Softmax")
-    (user,) = softmax.output(0).get_target_inputs()
-    ends = [ops.constant(np.float32(end)) for end in (-128 / 127, 1)]
-    user.replace_source_output(ops.fake_quantize(softmax, *ends, *ends, 256).output(0))
-    coarse.validate_nodes_and_infer_types()
+    plain, coarse = model(), coarser(model())
     exact = answer(plain)
     before = np.abs(answer(coarse) - exact).max()
     assert weights_in8(plain) == weights_in8(coarse) == 1
@@ -69,3 +80,20 @@ def test_what_is_not_in_8_bits_stays_as_it_is():
     high = model(levels=65536)
     assert (weights_in8(high), keys_within(high)) == (0, 0)
     assert weights_in8(model(users=2)) == 0
+
+
+def test_more_weights_than_steps_are_not_rounded():
+    """Of a thousand even weights each is less than half a step: all would be nought."""
+    plain, rounded_twice = model(tokens=1000), coarser(model(tokens=1000))
+    exact = answer(plain)
+    assert weights_in8(plain) == weights_in8(rounded_twice) == 0
+    assert np.array_equal(answer(plain), exact)
+    assert np.array_equal(answer(rounded_twice), exact)
+    assert (weights_in8(model(tokens=255)), weights_in8(model(tokens=256))) == (1, 0)
+    assert weights_in8(model(tokens=-1)) == 0
+
+
+def test_what_scales_weights_is_not_left_out():
+    assert weights_in8(model(by=3)) == 0
+    assert weights_in8(coarser(model(by=3))) == 0
+    assert weights_in8(model(by=1)) == 1

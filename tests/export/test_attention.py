@@ -77,3 +77,16 @@ def test_what_is_no_vision_transformer_is_left_alone(tiny_checkpoint):
     count = len(list(model.graph))
     assert attention.split(model) == ()
     assert len(list(model.graph)) == count
+
+
+def test_weights_of_more_tokens_than_an_even_row_has_steps_for_stay_high(traced, monkeypatch):
+    model, _ = traced
+    tokens = next(n for n in model.graph if n.op_type == "Attention").outputs[0].shape[2]
+    ranges = {f"blocks.0.attn.{x}": np.ones(1, np.float32) for x in ("query", "key", "value")}
+    for most, count in ((tokens, 3), (tokens - 1, 2)):
+        monkeypatch.setattr(attention, "_MOST_TOKENS", most)
+        parted = model.clone()
+        assert attention.in8(parted, attention.split(parted), "int8", ranges) == count
+        (mixed,) = (node for node in parted.graph if node.name == "blocks.0.attn.mixed.MatMul")
+        kinds = [value.producer().op_type == "DequantizeLinear" for value in mixed.inputs]
+        assert kinds == [count == 3] * 2

@@ -38,12 +38,12 @@ def weights_in8(model: Any) -> int:
     for softmax in model.get_ordered_ops():
         users = list(softmax.output(0).get_target_inputs()) if _is(softmax, "Softmax") else []
         between = []
-        while len(users) == 1 and users[0].get_index() == 0 and _rounds(users[0].get_node()):
+        while len(users) == 1 and users[0].get_index() == 0 and rounds(users[0].get_node()):
             between.append(users[0].get_node())
             users = list(between[-1].output(0).get_target_inputs())
         if len(users) != 1 or not _is(users[0].get_node(), "MatMul") or users[0].get_index() != 0:
             continue
-        if not _same_numbers(between):
+        if not same_numbers(between):
             continue
         if not _rounded(users[0].get_node().input_value(1)):
             continue
@@ -107,7 +107,7 @@ def _is(node: Any, kind: str) -> bool:
     return bool(node.get_type_name() == kind)
 
 
-def _rounds(node: Any) -> bool:
+def rounds(node: Any) -> bool:
     """Whether a node is of a pair of QuantizeLinear and DequantizeLinear as OpenVINO reads it, or
     only changes the type."""
     kind = node.get_type_name()
@@ -118,7 +118,7 @@ def _rounds(node: Any) -> bool:
     return kind in ("FakeQuantize", "Subtract", "Multiply") and single
 
 
-def _same_numbers(between: list[Any]) -> bool:
+def same_numbers(between: list[Any]) -> bool:
     """Whether what stands between two values only rounds: it comes out as large as it went in."""
     factor = 1.0
     for node in between:

@@ -19,6 +19,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dermaflux.engines.ov_attention import rounds, same_numbers
+
 _LEVELS: Final = 256
 _CHAIN: Final = ("Convert", "Subtract", "Multiply")
 
@@ -39,12 +41,13 @@ def _shift(quantize: Any) -> bool:
 
     if quantize.get_attributes()["levels"] != _LEVELS:
         return False
-    node = quantize
-    users = node.output(0).get_target_inputs()
+    between = [quantize]
+    users = quantize.output(0).get_target_inputs()
     while len(users) == 1 and next(iter(users)).get_node().get_type_name() in _CHAIN:
-        node = next(iter(users)).get_node()
-        users = node.output(0).get_target_inputs()
-    if len(users) != 1:
+        between.append(next(iter(users)).get_node())
+        users = between[-1].output(0).get_target_inputs()
+    # What else is done to pixels on the way would be lost.
+    if len(users) != 1 or not all(map(rounds, between)) or not same_numbers(between):
         return False
     layer = next(iter(users)).get_node()
     if layer.get_type_name() != "Convolution" or any(

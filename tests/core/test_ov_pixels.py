@@ -13,7 +13,9 @@ from dermaflux.engines.ov_pixels import numbers, shifted
 HIGH = np.float32(1)
 
 
-def model(margin: int = 0, dtype=np.float32, between: bool = False) -> openvino.Model:
+def model(
+    margin: int = 0, dtype=np.float32, between: bool = False, by: object = None
+) -> openvino.Model:
     """A convolution in 8 bits as a file has it: Q and DQ of its input and of its weights."""
     given = ops.parameter([-1, 3, 8, 8], np.float32)
     value = ops.relu(given) if between else given
@@ -22,6 +24,8 @@ def model(margin: int = 0, dtype=np.float32, between: bool = False) -> openvino.
     ends = [ops.constant(np.float32(end)) for end in (-128 * step, HIGH, -128, 127)]
     rounded = ops.convert(ops.fake_quantize(value, *ends, 256), np.int8)
     pixels = ops.multiply(ops.convert(rounded, dtype), ops.constant(dtype(step)))
+    if by is not None:
+        pixels = ops.multiply(pixels, ops.constant(np.array(by, dtype)))
     random = np.random.default_rng(0)
     small = ops.constant(random.integers(-127, 128, (5, 3, 4, 4)).astype(np.int8))
     scale = ops.reshape(ops.constant(np.full(5, 0.01, dtype)), ops.constant([5, 1, 1, 1]), False)
@@ -56,3 +60,8 @@ def test_pixels_are_not_rounded(dtype):
 def test_what_is_no_first_layer_without_a_margin_stays():
     assert shifted(model(margin=1)) == 0
     assert shifted(model(between=True)) == 0
+
+
+def test_what_scales_pixels_on_their_way_is_not_left_out():
+    assert shifted(model(by=3)) == 0
+    assert shifted(model(by=np.array([1, 2, 3]).reshape(1, 3, 1, 1))) == 0

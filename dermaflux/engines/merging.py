@@ -146,6 +146,8 @@ def unfit(model: Any) -> str:
             return f"{kind} has blocks of another form"
         if getattr(attention, "gate", None) is not None:
             return f"{kind} has a gate behind its attention"
+        if not hasattr(getattr(block, "mlp", None), "fc1"):
+            return f"{kind} has an MLP of another form, whose work is not known"
     pool = getattr(model, "global_pool", "")
     if pool not in _POOLS or getattr(model, "pool_include_prefix", False):
         return f"{kind} pools its tokens by {pool or 'nothing'}, not by {' or '.join(_POOLS)}"

@@ -82,6 +82,7 @@ def test_what_cannot_be_merged_says_so():
         plan(Whole().model, 1.5)
     assert "resnet" in unfit(timm.create_model("test_resnet")).lower()
     assert "map" in unfit(Whole(global_pool="map").model)
+    assert "MLP" in unfit(Whole(mlp_layer=timm.layers.SwiGLU).model)
     net = Whole()
     net.model = timm.create_model("test_efficientnet")
     with pytest.raises(EngineError, match="if it is a vision transformer"):

@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermaflux.engines import Array, Arrays, Engine
+from dermaflux.engines.ov_nodes import changed
 from dermaflux.engines.ov_silu import onesided
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -54,14 +55,7 @@ def norms(model: Any) -> int:
     With x' the mean over pixels and groups: y = (x - x') / sqrt(((x - x')^2)' + epsilon) * scale +
     bias (Wu and He, arXiv 1803.08494), as x times a factor plus a term per channel.
     """
-    count = sum(
-        _norm(node)
-        for node in model.get_ordered_ops()
-        if node.get_type_name() == "GroupNormalization"
-    )
-    if count:
-        model.validate_nodes_and_infer_types()
-    return count
+    return changed(model, "GroupNormalization", _norm)
 
 
 def upsamplings(model: Any) -> int:
@@ -72,14 +66,7 @@ def upsamplings(model: Any) -> int:
     picture: which, depends on whether o is even. The two cases are the rows of a kernel of 4 with
     stride 2, and columns are alike.
     """
-    count = sum(
-        _upsampling(node)
-        for node in model.get_ordered_ops()
-        if node.get_type_name() == "Convolution"
-    )
-    if count:
-        model.validate_nodes_and_infer_types()
-    return count
+    return changed(model, "Convolution", _upsampling)
 
 
 class Compiled(Engine, Protocol):

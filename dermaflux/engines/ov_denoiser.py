@@ -24,6 +24,7 @@ import numpy as np
 
 from dermaflux.engines import Array, Arrays
 from dermaflux.engines.ov_ahead import Ahead, Item
+from dermaflux.engines.ov_inputs import require_inputs
 from dermaflux.engines.ov_library import openvino
 from dermaflux.engines.ov_shapes import Shaped, Slot
 from dermaflux.engines.ov_split import MODULATION, STEPPING, Split
@@ -92,7 +93,7 @@ class Denoiser:
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """See `Engine.run`."""
-        self._check(inputs)
+        require_inputs(self._graph, self._inputs, inputs)
         step = self.bind({k: v for k, v in inputs.items() if k not in STEPPING})
         return step({k: inputs[k] for k in STEPPING})
 
@@ -112,7 +113,7 @@ class Denoiser:
         pieces = [piece for piece, _ in taken]
 
         def step(varying: Arrays) -> dict[str, Array]:
-            self._check({**constant, **varying})
+            require_inputs(self._graph, self._inputs, {**constant, **varying})
             tokens, times = (np.ascontiguousarray(varying[name]) for name in STEPPING)
             if len(tokens) != batch or len(times) != batch:
                 raise EngineError(
@@ -178,16 +179,6 @@ class Denoiser:
             )
             rows: Array = made[0]
         return rows
-
-    def _check(self, inputs: Arrays) -> None:
-        """OpenVINO runs on what an input held before where one is left out, so refuse that."""
-        if inputs.keys() != self._inputs.keys():
-            raise EngineError(
-                f"{self._graph} takes the inputs {sorted(self._inputs)}, not {sorted(inputs)}"
-            )
-        for name, value in inputs.items():
-            if value.dtype != self._inputs[name]:
-                raise EngineError(f"input {name} needs {self._inputs[name]}, not {value.dtype}")
 
 
 def _stepped(piece: _Piece, tokens: Array, times: Array) -> Any:

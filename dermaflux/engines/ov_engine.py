@@ -15,6 +15,7 @@ import numpy as np
 
 from dermaflux.engines import OPENVINO, Array, Arrays, usable_cores
 from dermaflux.engines.ov_graph import read
+from dermaflux.engines.ov_inputs import require_inputs
 from dermaflux.engines.ov_library import core, openvino
 from dermaflux.engines.ov_settings import DEVICES, computes, has_bf16, told
 from dermaflux.engines.ov_streams import MOST, Streams
@@ -102,7 +103,7 @@ class OpenVinoEngine:
 
     def run(self, inputs: Arrays) -> dict[str, Array]:
         """See `Engine.run`; a request is one thread's, so that idle ones are kept for the next."""
-        self._check(inputs)
+        require_inputs(self._graph, self._inputs, inputs)
         if self._streams is not None and self._streams.take(inputs):
             with translated(EngineError, f"OpenVINO cannot run {self._graph}"):
                 return self._streams.run(inputs, self._outputs)
@@ -127,7 +128,7 @@ class OpenVinoEngine:
 
         def step(varying: Arrays) -> dict[str, Array]:
             # `held` is the memory that the request reads, so it must live as long as this.
-            self._check({**held, **varying})
+            require_inputs(self._graph, self._inputs, {**held, **varying})
             return self._infer(request, varying)
 
         return step
@@ -137,16 +138,6 @@ class OpenVinoEngine:
         with translated(EngineError, f"OpenVINO cannot run {self._graph}"):
             results = request.infer(ordered, share_inputs=True, share_outputs=False)
         return {name: results[index] for index, name in enumerate(self._outputs)}
-
-    def _check(self, inputs: Arrays) -> None:
-        """OpenVINO runs on what an input held before where one is left out, so refuse that."""
-        if inputs.keys() != self._inputs.keys():
-            raise EngineError(
-                f"{self._graph} takes the inputs {sorted(self._inputs)}, not {sorted(inputs)}"
-            )
-        for name, value in inputs.items():
-            if value.dtype != self._inputs[name]:
-                raise EngineError(f"input {name} needs {self._inputs[name]}, not {value.dtype}")
 
 
 def _difference(model: Any, other: Any) -> float:

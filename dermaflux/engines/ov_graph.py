@@ -31,6 +31,7 @@ from typing import Any, Final
 import numpy as np
 
 from dermaflux.engines.ov_attention import keys_within, weights_in8
+from dermaflux.engines.ov_nodes import changed
 from dermaflux.engines.ov_pixels import shifted
 from dermaflux.engines.ov_rows import one_row
 
@@ -67,25 +68,13 @@ def unsigned(model: Any) -> int:
     Those of other products keep their sign: nothing could be prepared for the 127 that stands for
     nought where both factors change. All become one operator, which can be moved.
     """
-    count = 0
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "FakeQuantize":
-            count += _unsign(node)
-    if count:
-        model.validate_nodes_and_infer_types()
-    return count
+    return changed(model, "FakeQuantize", _unsign)
 
 
 def hoist(model: Any) -> int:
     """Round values before they are turned or reshaped, where nobody reads them in between; how many
     were rounded earlier."""
-    count = 0
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "FakeQuantize":
-            count += _rounded_first(node)
-    if count:
-        model.validate_nodes_and_infer_types()
-    return count
+    return changed(model, "FakeQuantize", _rounded_first)
 
 
 def _rounded_first(quantize: Any) -> bool:

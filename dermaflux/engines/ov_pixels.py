@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dermaflux.engines.ov_attention import rounds, same_numbers
+from dermaflux.engines.ov_nodes import changed
 
 _LEVELS: Final = 256
 _CHAIN: Final = ("Convert", "Subtract", "Multiply")
@@ -27,19 +28,13 @@ _CHAIN: Final = ("Convert", "Subtract", "Multiply")
 
 def shifted(model: Any) -> int:
     """Shift what convolutions take of a graph's inputs; how many do."""
-    count = 0
-    for node in model.get_ordered_ops():
-        if node.get_type_name() == "FakeQuantize" and _given(node.input_value(0)):
-            count += _shift(node)
-    if count:
-        model.validate_nodes_and_infer_types()
-    return count
+    return changed(model, "FakeQuantize", _shift)
 
 
 def _shift(quantize: Any) -> bool:
     from openvino import opset13
 
-    if quantize.get_attributes()["levels"] != _LEVELS:
+    if quantize.get_attributes()["levels"] != _LEVELS or not _given(quantize.input_value(0)):
         return False
     between = [quantize]
     users = quantize.output(0).get_target_inputs()

@@ -13,12 +13,12 @@ that does all the rest; `attentions` spells it out, so that the kernel does thes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 
 from dermaflux.engines.ov_library import openvino
+from dermaflux.engines.ov_nodes import changed
 
 opset13 = openvino.opset13
 
@@ -29,21 +29,13 @@ _BOUNDS: Final = range(1, 5)
 def attentions(model: Any) -> int:
     """Spell out every ScaledDotProductAttention without a mask and with the usual factor, one over
     the root of a head's size; how many there were."""
-    return _changed(model, "ScaledDotProductAttention", _spelled)
+    return changed(model, "ScaledDotProductAttention", _spelled)
 
 
 def joined(model: Any) -> int:
     """Multiply by constants and round to 8 bits before a concatenation of channels instead of after
     it; how many concatenations there were."""
-    return _changed(model, "Concat", _rounded_before)
-
-
-def _changed(model: Any, kind: str, change: Callable[[Any], bool]) -> int:
-    nodes = [node for node in model.get_ordered_ops() if node.get_type_name() == kind]
-    count = sum(change(node) for node in nodes)
-    if count:
-        model.validate_nodes_and_infer_types()
-    return count
+    return changed(model, "Concat", _rounded_before)
 
 
 def _spelled(node: Any) -> bool:

@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from dermaflux.engines.ov_nodes import changed
+
 LEAST: Final = -0.27846455
 """The least that SiLU gives, at -1.2784645: 1 + x = -exp(x) there."""
 _SIGNED: Final = (-128.0, 127.0)
@@ -25,14 +27,7 @@ _LEVELS: Final = 256
 
 def onesided(model: Any) -> int:
     """Read what SiLU gives to convolutions, in signed 8 bits, as unsigned; how many places were."""
-    count = sum(
-        _onesided(node)
-        for node in model.get_ordered_ops()
-        if node.get_type_name() == "FakeQuantize"
-    )
-    if count:
-        model.validate_nodes_and_infer_types()
-    return count
+    return changed(model, "FakeQuantize", _onesided)
 
 
 def bounds(largest: float) -> tuple[float, float]:

@@ -8,7 +8,7 @@ lead from those nodes into the rest; numbers stay what they were.
 
     >>> parts = split(read(core(), Path("bundles/mini/transformer/model_int8.onnx")))
     >>> [value.get_any_name() for value in parts.step.inputs]
-    ['hidden_states', 'pooled_projections', 'kept.0', 'kept.1', 'modulation']
+    ['hidden_states', 'pooled_projections', 'modulation', 'kept.0', 'kept.1', 'kept.2', 'kept.3']
 
 A graph that cannot be cut so (a value of another form than one vector an item, or a part that asks
 for the shape of an input that it does not get) is None, and runs as it is.
